@@ -1,0 +1,37 @@
+"""Errors a user can see, and the record of why something was not padded or not captured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SharedGraphError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class OptionError(SharedGraphError, ValueError):
+    """A bad option: names the option, what was given, what is accepted and the cure."""
+
+
+class RefusalError(SharedGraphError, RuntimeError):
+    """With ``strict=True``: what would have been a counted refusal is raised instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a dim was not padded, or a region (or one call of it) was not captured.
+
+    Attributes:
+        reason: a short sentence; equal reasons are counted together in ``stats()``.
+        op: the ATen operator that refused, e.g. ``aten.mean.dim``, if there is one.
+        source: the user's source line that led to the operator, if known.
+    """
+
+    reason: str
+    op: str | None = None
+    source: str | None = None
+
+    def __str__(self) -> str:
+        where = f" at {self.source}" if self.source else ""
+        what = f" ({self.op})" if self.op else ""
+        return f"{self.reason}{what}{where}"
