@@ -17,6 +17,10 @@ class RefusalError(SharedGraphError, RuntimeError):
     """With ``strict=True``: what would have been a counted refusal is raised instead."""
 
 
+class CaptureError(SharedGraphError, RuntimeError):
+    """A capture failed and was cleanly aborted; the region runs uncaptured from then on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a dim was not padded, or a region (or one call of it) was not captured.

@@ -1,0 +1,75 @@
+"""sharedgraph: a ``torch.compile`` backend whose CUDA graphs of all sizes share one pooled output tensor.
+
+The way of the data::
+
+    torch.compile(model, backend="sharedgraph", options={...})
+     1  Dynamo        an FX graph, with symbolic sizes for dynamic dims
+     2  backend       options parsed strictly; composes what follows            backend, options
+     3  analysis      inputs, dynamic dims and their padding verdict            analysis, region
+     4  Inductor      each region compiled once, for symbolic sizes             torch_internals
+     -- compile time above, call time below ----------------------------------------------------
+     5  dispatch      size -> bucket -> graph                                   replay, buckets, tree
+     6  staging       real rows into static buffers, padded rows filled         staging
+     7  replay        scratch in the memory pool                                drivers
+     8  outputs       results in the output pool, returned as views of it       outputs, output_pool
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cudagraph_backend.backend import sharedgraph
+from cudagraph_backend.errors import CaptureError, OptionError, Refusal, RefusalError, SharedGraphError
+from cudagraph_backend.options import Options
+from cudagraph_backend.output_pool import OutputPool
+from cudagraph_backend.report import AliasInfo, Stats, alias_info_of, explanation_of, stats_of
+
+__all__ = [
+    "AliasInfo",
+    "CaptureError",
+    "OptionError",
+    "Options",
+    "OutputPool",
+    "Refusal",
+    "RefusalError",
+    "SharedGraphError",
+    "Stats",
+    "alias_info",
+    "explain",
+    "output_pool",
+    "reset",
+    "sharedgraph",
+    "stats",
+]
+
+
+def stats() -> Stats:
+    """Counts and memory since the last reset."""
+    return stats_of(sharedgraph)
+
+
+def explain() -> str:
+    """Per region, in words: where it comes from, what is padded and captured, what is not and why, and memory."""
+    return explanation_of(sharedgraph)
+
+
+def reset() -> None:
+    """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
+    sharedgraph.reset()
+
+
+def output_pool(device: torch.device | str | int) -> OutputPool:
+    """The output pool of a device: ``.tensor`` (uint8) and ``.nbytes``. Made, empty, if there is none yet."""
+    return sharedgraph.device(_concrete(torch.device(device))).pool
+
+
+def alias_info(tensor: torch.Tensor) -> AliasInfo | None:
+    """Where in the output pool ``tensor`` lies, and which output it is or is a view of; ``None`` if not in the pool."""
+    return alias_info_of(sharedgraph, tensor)
+
+
+def _concrete(device: torch.device) -> torch.device:
+    """With the index of the current device where none is given, as tensors name their device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,114 @@
+"""Analysis: reads a region's FX graph before Inductor consumes it, and says what may be padded and captured.
+
+``analyse`` runs before Inductor and needs the graph alone; ``complete`` adds what only Inductor knows: the layout of
+outputs, which inputs are written, and the sizes that the compiled code admits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph
+
+from cudagraph_backend import torch_internals
+from cudagraph_backend.analysis.capturable import capture_refusal, devices_of
+from cudagraph_backend.analysis.dims import dynamic_dims
+from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
+from cudagraph_backend.analysis.outputs import graph_outputs, is_prefix, with_strides
+from cudagraph_backend.analysis.source import source_spans
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
+from cudagraph_backend.region import DynamicDim, Kind, Region, TensorInput, TensorOutput
+from cudagraph_backend.strides import overlaps_itself
+
+
+def analyse(
+    graph: Graph, example_inputs: Sequence[Any], kind: Kind, static: Collection[int], options: Options, number: int
+) -> Region:
+    """What the FX graph of a region says; ``static`` are the indices of inputs whose address never changes."""
+    devices = devices_of(graph)
+    refusal = capture_refusal(graph, example_inputs, devices)
+    sizes = size_inputs(example_inputs)
+    inputs = tensor_inputs(graph, example_inputs, static, mutated=())
+    shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
+    return Region(
+        number=number,
+        kind=kind,
+        device=next(iter(devices), torch.device("cpu")),
+        inputs=inputs,
+        sizes=sizes,
+        dims=dynamic_dims(graph, sizes, inputs, shapes, options) if refusal is None else (),
+        outputs=graph_outputs(graph),
+        shapes=shapes,
+        refusal=refusal,
+        has_effects=_draws_random_numbers(graph),
+        source_lines=source_spans(graph),
+    )
+
+
+def complete(region: Region, compiled: Any) -> Region:
+    """The same region with what Inductor decided while compiling it."""
+    region.shapes.freeze_guards()
+    mutated = torch_internals.mutated_inputs(compiled)
+    inputs = tuple(dataclasses.replace(i, mutated=i.index in mutated) for i in region.inputs)
+    outputs = with_strides(region.outputs, torch_internals.output_strides(compiled), region.shapes)
+    refusal = region.refusal or _refused_by_inductor(region, compiled) or _refused_mutation(inputs)
+    return dataclasses.replace(
+        region,
+        inputs=inputs,
+        outputs=outputs,
+        dims=tuple(_with_layout(dim, inputs, outputs) for dim in region.dims),
+        refusal=refusal,
+        has_effects=region.has_effects or bool(mutated),
+    )
+
+
+def _symint(example_inputs: Sequence[Any], index: int, dim: int | None) -> torch.SymInt:
+    value = example_inputs[index]
+    return value if dim is None else value.shape[dim]
+
+
+def _draws_random_numbers(graph: Graph) -> bool:
+    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+
+
+def _refused_by_inductor(region: Region, compiled: Any) -> Refusal | None:
+    reason = torch_internals.uncapturable_reason(compiled)
+    return Refusal(f"Inductor: {reason}") if reason and region.device.type == "cuda" else None
+
+
+def _refused_mutation(inputs: Sequence[TensorInput]) -> Refusal | None:
+    for tensor in inputs:
+        if tensor.mutated and tensor.role == "staged" and (_is_expanded(tensor) or may_overlap(tensor)):
+            return Refusal(f"input {tensor.name} is written in place and several of its entries share an address")
+    return None
+
+
+def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], outputs: Sequence[Any]) -> DynamicDim:
+    if dim.refusal is not None:
+        return dim
+    for tensor in inputs:
+        if tensor.symbols & dim.symbols and may_overlap(tensor):
+            return dataclasses.replace(dim, refusal=Refusal(f"input {tensor.name} overlaps itself in memory"))
+    for index, output in enumerate(outputs):
+        if not is_prefix(output, dim):
+            source = output.source if isinstance(output, TensorOutput) else None
+            reason = f"the dim is not outermost in the memory of output {index}"
+            return dataclasses.replace(dim, refusal=Refusal(reason, source=source))
+    return dim
+
+
+def _is_expanded(tensor: TensorInput) -> bool:
+    return any(stride == 0 and size != 1 for size, stride in zip(tensor.size, tensor.stride, strict=True))
+
+
+def may_overlap(tensor: TensorInput) -> bool:
+    """Whether entries of an input may share an address other than by stride 0, judged at its smallest sizes."""
+    symbols: dict[sympy.Symbol, sympy.Integer] = {s: sympy.Integer(1009) for s in tensor.symbols}
+    size = [int(e.xreplace(symbols)) for e in tensor.size]
+    stride = [int(e.xreplace(symbols)) for e in tensor.stride]
+    return overlaps_itself(size, stride)

@@ -1,0 +1,94 @@
+"""Can a region be captured at all? Each predicate gives a refusal or ``None``; the first refusal counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from cudagraph_backend.analysis.source import source_line
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.torch_internals import expr, is_backed
+
+_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_CAPTURABLE_DEVICES = ("cuda", "cpu")
+
+
+def capture_refusal(graph: Graph, example_inputs: Sequence[Any], devices: set[torch.device]) -> Refusal | None:
+    """Why a region must always run as compiled code, or ``None``."""
+    return (
+        _refused_device(devices, graph)
+        or _refused_input(graph, example_inputs)
+        or next((r for node in graph.nodes if (r := _refused_op(node))), None)
+    )
+
+
+def devices_of(graph: Graph) -> set[torch.device]:
+    """Every device that a value of the graph lives on."""
+    return {t.device for node in graph.nodes for t in tensors_of(node)}
+
+
+def tensors_of(node: Node) -> Iterator[torch.Tensor]:
+    return (v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
+
+
+def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
+    if not devices:
+        return Refusal("nothing to capture: the region holds no tensor")
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        minority = next((n for n in graph.nodes if any(t.device.type == "cpu" for t in tensors_of(n))), None)
+        source = source_line(minority) if minority is not None else None
+        return Refusal(
+            f"the region mixes devices: {names}", op=str(minority.target) if minority else None, source=source
+        )
+    device = next(iter(devices))
+    if device.type not in _CAPTURABLE_DEVICES:
+        return Refusal(f"no graph driver for device {device}")
+    return None
+
+
+def _refused_input(graph: Graph, example_inputs: Sequence[Any]) -> Refusal | None:
+    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+            continue
+        if not isinstance(value, torch.Tensor):
+            return Refusal(f"input {node.target} is a {type(value).__name__}, neither a tensor nor a size")
+        if value.layout != torch.strided:
+            return Refusal(f"input {node.target} has layout {value.layout}, not torch.strided")
+        if value.is_conj() or value.is_neg():
+            return Refusal(f"input {node.target} is a lazy conjugate or negative view")
+    return None
+
+
+def _refused_op(node: Node) -> Refusal | None:
+    if node.op in ("placeholder", "output"):
+        return None
+    if node.op == "get_attr":
+        value = node.meta.get("val")
+        return None if isinstance(value, torch.Tensor) or value is None else _refuse(node, "a captured object is read")
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return _refuse(node, "a higher-order operator may branch on data")
+    tags = getattr(node.target, "tags", ())
+    if any(tag in tags for tag in _DATA_DEPENDENT) or _reads_unbacked_size(node):
+        return _refuse(node, "a size or value depends on data")
+    if any(tag.name == "cudagraph_unsafe" for tag in tags):
+        return _refuse(node, "the operator is tagged unsafe for CUDA graphs")
+    return None
+
+
+def _reads_unbacked_size(node: Node) -> bool:
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+        if any(isinstance(size, torch.SymInt) and not is_backed(expr(size)) for size in sizes):
+            return True
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return True
+    return False
+
+
+def _refuse(node: Node, reason: str) -> Refusal:
+    return Refusal(reason, op=str(node.target), source=source_line(node))

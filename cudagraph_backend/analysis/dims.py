@@ -1,0 +1,77 @@
+"""Dynamic dims of a region: which symbols there are, which are padded together, and the padding verdict of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+from torch.fx import Graph
+
+from cudagraph_backend.analysis.padding import Verdict, prove
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
+from cudagraph_backend.region import DynamicDim, SizeInput, TensorInput
+from cudagraph_backend.torch_internals import Shapes
+
+
+def dynamic_dims(
+    graph: Graph, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
+) -> tuple[DynamicDim, ...]:
+    """One record per dim that varies independently, in the order in which its first symbol is read."""
+    symbols = [s.size for s in sizes if isinstance(s.size, sympy.Symbol)]
+    dims: list[DynamicDim] = []
+    for symbol in symbols:
+        if any(symbol in dim.symbols for dim in dims):
+            continue
+        dim = _dim(graph, frozenset([symbol]), inputs, shapes, options)
+        dims = [d for d in dims if not d.symbols & dim.symbols]  # a linked dim takes the place of its parts
+        dims.append(dim)
+    return tuple(dims)
+
+
+def _dim(
+    graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
+) -> DynamicDim:
+    verdict = _linked_verdict(graph, symbols, options)
+    refusal = verdict.refusal or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
+    bounds = [shapes.bounds(symbol) for symbol in verdict.symbols]
+    upper = [high for _, high in bounds if high is not None]
+    return DynamicDim(
+        symbols=verdict.symbols,
+        lower=max(low for low, _ in bounds),
+        upper=min(upper) if upper else None,
+        refusal=refusal,
+        needs_fill=verdict.needs_fill,
+    )
+
+
+def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Options) -> Verdict:
+    """The verdict on ``symbols``, or on them together with the dims they index by row, where that is provable."""
+    if options.pad == "off":
+        return Verdict(symbols, Refusal("padding is off (option pad='off')"), False, frozenset(), ())
+    if options.pad == "assume":
+        return Verdict(symbols, None, True, frozenset(), ())
+    alone = verdict = prove(graph, symbols, options.fill)
+    while verdict.refusal is not None and verdict.link - verdict.symbols:
+        verdict = prove(graph, verdict.symbols | verdict.link, options.fill)
+    return alone if verdict.refusal is not None else verdict
+
+
+def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], options: Options) -> Refusal | None:
+    """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
+    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
+    if (tensor.symbols - in_sizes) & symbols:
+        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
+    for size, stride in zip(tensor.size, tensor.stride, strict=True):
+        if size.free_symbols & symbols and not _is_multiple(size, symbols):
+            return Refusal(f"input {tensor.name} has size {size}, no multiple of the dynamic dim")
+        if size.free_symbols & symbols and stride == 0 and options.fill == "zero":
+            return Refusal(f"input {tensor.name} is expanded along the dynamic dim, so its padded rows can't be zero")
+    return None
+
+
+def _is_multiple(size: sympy.Expr, symbols: frozenset[sympy.Symbol]) -> bool:
+    present = size.free_symbols & symbols
+    if len(present) != 1:
+        return False
+    return not (size / next(iter(present))).free_symbols & symbols

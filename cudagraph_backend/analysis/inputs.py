@@ -1,0 +1,44 @@
+"""Inputs of a region: sizes, static inputs, staged inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph
+
+from cudagraph_backend.region import SizeInput, TensorInput
+from cudagraph_backend.torch_internals import expr
+
+
+def tensor_inputs(
+    graph: Graph, example_inputs: Sequence[Any], static: Collection[int], mutated: Collection[int]
+) -> tuple[TensorInput, ...]:
+    """One record per tensor argument. A static input with a dynamic dim is staged: each size has its own address."""
+    inputs = []
+    for index, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            continue
+        size, stride = tuple(map(expr, value.shape)), tuple(map(expr, value.stride()))
+        is_dynamic = any(e.free_symbols for e in (*size, *stride))
+        role = "static" if index in static and not is_dynamic else "staged"
+        inputs.append(TensorInput(index, str(node.target), role, index in mutated, value.dtype, size, stride))
+    return tuple(inputs)
+
+
+def size_inputs(example_inputs: Sequence[Any]) -> tuple[SizeInput, ...]:
+    """Where a call's sizes are read: symbolic int arguments, then the dims of symbols that no such argument gives."""
+    sizes = [
+        SizeInput(index, None, expr(value))
+        for index, value in enumerate(example_inputs)
+        if isinstance(value, torch.SymInt)
+    ]
+    known = {s.size for s in sizes}
+    for index, value in enumerate(example_inputs):
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(expr(size), sympy.Symbol) and expr(size) not in known:
+                known.add(expr(size))
+                sizes.append(SizeInput(index, dim, expr(size)))
+    return tuple(sizes)

@@ -1,0 +1,57 @@
+"""Outputs of a region: their sizes and strides as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from cudagraph_backend.analysis.source import source_line
+from cudagraph_backend.region import DynamicDim, TensorOutput
+from cudagraph_backend.torch_internals import Shapes, expr
+
+Output = TensorOutput | sympy.Expr | None
+
+
+def graph_outputs(graph: Graph) -> tuple[Output, ...]:
+    """One record per output, strides not yet known: Inductor chooses them."""
+    return tuple(_output(value) for value in graph.output_node().args[0])
+
+
+def _output(value: Node | int | None) -> Output:
+    if not isinstance(value, Node):
+        return None if value is None else sympy.Integer(value)
+    meta = value.meta.get("val")
+    if isinstance(meta, torch.Tensor):
+        return TensorOutput(meta.dtype, tuple(map(expr, meta.shape)), None, source_line(value))
+    return None if meta is None else expr(meta)
+
+
+def with_strides(
+    outputs: Sequence[Output], strides: Sequence[tuple[str, ...] | None] | None, shapes: Shapes
+) -> tuple[Output, ...]:
+    """The same outputs with the strides that Inductor laid them out with."""
+    if strides is None or len(strides) != len(outputs):
+        return tuple(outputs)
+    return tuple(
+        TensorOutput(o.dtype, o.size, tuple(map(shapes.parse, stride)), o.source)
+        if isinstance(o, TensorOutput) and stride is not None
+        else o
+        for o, stride in zip(outputs, strides, strict=True)
+    )
+
+
+def is_prefix(output: Output, dim: DynamicDim) -> bool:
+    """Whether an output's real entries stay where they are in memory when ``dim`` is padded.
+
+    They do if no stride grows with the dim; a size-1 dim's stride moves nothing.
+    """
+    if not isinstance(output, TensorOutput):
+        return True
+    if output.stride is None:
+        return not any(s.free_symbols & dim.symbols for s in output.size)
+    return not any(
+        stride.free_symbols & dim.symbols for size, stride in zip(output.size, output.stride, strict=True) if size != 1
+    )

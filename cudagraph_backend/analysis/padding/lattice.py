@@ -1,0 +1,91 @@
+"""What the pass knows of one value: free of rows, or rows along a dim whose padded part holds something.
+
+A value is *free of rows* (``FREE``) if it is the same at the exact size ``n`` and at the bucket ``b``. It has *rows*
+(:class:`Rows`) if the first ``per * n`` entries of dim ``dim`` are the same at both sizes, and padded rows follow. A
+value that is neither (*mixed*: real and padded rows met) is never built: its rule raises :class:`RefusePadding`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import sympy
+import torch
+
+
+class RefusePadding(Exception):
+    """Real rows may depend on padded rows, or on the padded size.
+
+    Attributes:
+        link: symbols that may be the same dim as the padded ones: with them padded together a proof may succeed.
+    """
+
+    def __init__(self, reason: str, link: frozenset[sympy.Symbol] = frozenset()) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.link = link
+
+
+class Fact(enum.Flag):
+    """What the padded rows hold. No fact: anything, NaN included."""
+
+    NOTHING = 0
+    REPLICA = enum.auto()
+    """Each padded row equals the last real row (up to rounding: it may be computed in another tile)."""
+    ZERO = enum.auto()
+    """Each padded entry is zero."""
+    OWN_INDEX = enum.auto()
+    """Each entry of each row, real or padded, is the row's own number."""
+    ALL = REPLICA | ZERO | OWN_INDEX
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows along dim ``dim``, ``per`` consecutive entries each; the padded ones hold ``holds``."""
+
+    dim: int
+    per: sympy.Expr
+    holds: Fact = Fact.NOTHING
+
+
+#: A value without rows: the same at every padded size.
+FREE: Final = None
+
+Value: TypeAlias = "Rows | None"
+
+#: What a rule returns: a value, or for an operator with several results one each. A ``RefusePadding`` in their place
+#: stands for a result that is mixed: the refusal comes about only if that result is used.
+Results: TypeAlias = "Rows | RefusePadding | None | tuple[Rows | RefusePadding | None, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor that an operator reads."""
+
+    shape: tuple[sympy.Expr, ...]
+    dtype: torch.dtype
+    rows: Value
+
+    @property
+    def row_dim(self) -> int | None:
+        """The dim that carries the rows, if there are any."""
+        return None if self.rows is None else self.rows.dim
+
+    def holds(self, fact: Fact) -> bool:
+        """Whether the padded rows hold ``fact``; without rows there are none that could break it."""
+        return self.rows is None or bool(self.rows.holds & fact)
+
+    def dim(self, dim: int) -> int:
+        """``dim`` counted from the front."""
+        return dim % len(self.shape) if self.shape else 0
+
+
+def common(*operands: Operand | None) -> Fact:
+    """The facts that hold in the padded rows of all ``operands`` that have rows."""
+    facts = Fact.ALL
+    for operand in operands:
+        if operand is not None and operand.rows is not None:
+            facts &= operand.rows.holds
+    return facts

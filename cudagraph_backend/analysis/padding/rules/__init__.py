@@ -1,0 +1,29 @@
+"""One small function per kind of operator; importing this package registers them all."""
+
+from . import (
+    attention,
+    contractions,
+    convolution,
+    factories,
+    indexing,
+    normalisation,
+    random,
+    reductions,
+    scans,
+    views,
+)
+from .pointwise import pointwise
+
+__all__ = [
+    "attention",
+    "contractions",
+    "convolution",
+    "factories",
+    "indexing",
+    "normalisation",
+    "pointwise",
+    "random",
+    "reductions",
+    "scans",
+    "views",
+]

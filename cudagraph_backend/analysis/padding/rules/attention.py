@@ -1,0 +1,60 @@
+"""Fused attention: rows along the batch or the heads, along the queries alone, or a causal sequence."""
+
+from __future__ import annotations
+
+from ..call import Call, rule
+from ..lattice import Fact, Operand, RefusePadding, Results
+
+
+@rule(
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+)
+def attention(call: Call) -> Results:
+    """Letters: batch, heads, queries (l), keys (s), features (e)."""
+    query, key, value = (call.only("query", "key", "value", "attn_mask", "attn_bias"), call["key"], call["value"])
+    mask: Operand | None = call["attn_mask"] or call["attn_bias"]
+    if call["dropout_p"]:
+        raise RefusePadding("draws random numbers for the rows")
+    places = {_letter(query, "bhle"), _letter(key, "bhse"), _letter(value, "bhse")}
+    masked = _letter(mask, "bhls") if mask else None
+    if places in ({"b"}, {"h"}) and masked in (None, *places):
+        return call.each(Fact.REPLICA)
+    if places == {"l", None} and masked in (None, "l") and not call["is_causal"]:
+        return call.each(Fact.REPLICA)
+    if places == {"l", "s"} and call["is_causal"] and mask is None:
+        return _causal(call, key, value)
+    raise RefusePadding("attends over the padded rows")
+
+
+def _causal(call: Call, key: Operand, value: Operand) -> Results:
+    """A query sees no later key. Kernels multiply later values by zero, so they must not be NaN or infinite."""
+    if not (key.holds(Fact.REPLICA) and value.holds(Fact.REPLICA)):
+        raise RefusePadding("zero weights meet padded rows that may not be finite")
+    return call.each(Fact.NOTHING)
+
+
+@rule(
+    "aten::_scaled_dot_product_cudnn_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+    "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::_scaled_dot_product_fused_attention_overrideable_backward",
+)
+def attention_backward(call: Call) -> Results:
+    """Rows along the batch; a bias that all rows share would get a sum over them."""
+    bias: Operand | None = call["attn_bias"]
+    per_row = ("query", "key", "value", "out", "logsumexp", "grad_out", "grad_out_")
+    if call["dropout_p"] or any(call[name] is not None and call[name].row_dim != 0 for name in per_row):
+        raise RefusePadding("attends over the padded rows")
+    mask = call["grad_input_mask"]
+    if bias is not None and bias.row_dim != 0 and mask is not None and mask[3]:
+        raise RefusePadding("sums over the padded rows")
+    return call.each(Fact.REPLICA)
+
+
+def _letter(operand: Operand, letters: str) -> str | None:
+    return letters[operand.rows.dim - len(operand.shape)] if operand.rows else None

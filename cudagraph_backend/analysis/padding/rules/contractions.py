@@ -1,0 +1,51 @@
+"""Matrix products, by the letters of their dims."""
+
+from __future__ import annotations
+
+from ..call import Call, rule
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results
+
+_LETTERS = {
+    "aten::_int_mm": ("self mk", "mat2 kn", "mn"),
+    "aten::addbmm": ("batch1 bmk", "batch2 bkn", "mn"),
+    "aten::addmm": ("mat1 mk", "mat2 kn", "mn"),
+    "aten::addmv": ("mat mk", "vec k", "m"),
+    "aten::baddbmm": ("batch1 bmk", "batch2 bkn", "bmn"),
+    "aten::bmm": ("self bmk", "mat2 bkn", "bmn"),
+    "aten::dot": ("self k", "tensor k", ""),
+    "aten::mm": ("self mk", "mat2 kn", "mn"),
+    "aten::mv": ("self mk", "vec k", "m"),
+    "aten::vdot": ("self k", "other k", ""),
+}
+_ADDED = "self"
+
+
+@rule("aten::_int_mm", "aten::bmm", "aten::dot", "aten::mm", "aten::mv", "aten::vdot")
+def product(call: Call) -> Results:
+    """Rows along a dim that stays, or zeros on both sides of a dim that is summed over."""
+    return _contract(call, FREE)
+
+
+@rule("aten::addbmm", "aten::addmm", "aten::addmv", "aten::baddbmm")
+def product_and_sum(call: Call) -> Results:
+    """As :func:`product`, added to a tensor whose rows, if it has any, must be the product's."""
+    added: Operand = call[_ADDED]
+    result = _contract(call, added)
+    if result is FREE and added.rows is not FREE:
+        raise RefusePadding("a product free of rows is added to rows")
+    return result
+
+
+def _contract(call: Call, added: Operand | None) -> Results:
+    *factors, result = _LETTERS[call.node.target._schema.name]  # type: ignore[union-attr]
+    operands = {letters: call[name] for name, letters in map(str.split, factors)}
+    letters = {letters[operand.rows.dim] for letters, operand in operands.items() if operand.rows}
+    if added is not None and added.rows:
+        letters.add(result[added.rows.dim - len(added.shape)])
+    if len(letters) > 1:
+        raise RefusePadding("rows along different dims meet")
+    if letters <= set(result):
+        return call.keep(Fact.REPLICA)
+    if not all(operand.rows and operand.holds(Fact.ZERO) for operand in operands.values()):
+        raise RefusePadding("sums products over the padded rows")
+    return FREE

@@ -1,0 +1,67 @@
+"""Tensors made from sizes."""
+
+from __future__ import annotations
+
+from ..call import Call, rule
+from ..lattice import Fact, Results
+
+_CONSTANTS = {"aten::zeros": 0, "aten::zeros_like": 0, "aten::new_zeros": 0}
+
+
+@rule(
+    "aten::full",
+    "aten::full_like",
+    "aten::new_full",
+    "aten::new_ones",
+    "aten::new_zeros",
+    "aten::ones",
+    "aten::ones_like",
+    "aten::zeros",
+    "aten::zeros_like",
+    sizes=("size",),
+)
+def constant(call: Call) -> Results:
+    """All rows hold one number, whatever the operands hold."""
+    value = _CONSTANTS.get(call.node.target._schema.name, call["fill_value"])  # type: ignore[union-attr]
+    return _made(call, Fact.REPLICA | (Fact.ZERO if _is_zero(value) else Fact.NOTHING))
+
+
+@rule(
+    "aten::empty.memory_format",
+    "aten::empty_like",
+    "aten::empty_permuted",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "prims::empty_permuted",
+    sizes=("size", "stride", "shape"),
+)
+def garbage(call: Call) -> Results:
+    """Nothing is known of the rows; nothing may depend on them."""
+    return _made(call, Fact.NOTHING)
+
+
+@rule("prims::iota", sizes=("length",))
+def iota(call: Call) -> Results:
+    """Counts the rows: a row's own number if it counts by one from zero."""
+    made = _made(call, Fact.NOTHING)
+    counts = (call["start"], call["step"], made.per) == (0, 1, 1)
+    return type(made)(made.dim, made.per, Fact.OWN_INDEX if counts else Fact.NOTHING)
+
+
+@rule("aten::arange", "aten::arange.start", "aten::arange.start_step", sizes=("end",))
+def arange(call: Call) -> Results:
+    """As :func:`iota`."""
+    made = _made(call, Fact.NOTHING)
+    step = 1 if call["step"] is None else call["step"]
+    counts = (call["start"] or 0, step, made.per) == (0, 1, 1) and not call.node.meta["val"].dtype.is_floating_point
+    return type(made)(made.dim, made.per, Fact.OWN_INDEX if counts else Fact.NOTHING)
+
+
+def _made(call: Call, facts: Fact):
+    made = call.keep(Fact.ALL)
+    return type(made)(made.dim, made.per, facts)
+
+
+def _is_zero(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and value == 0

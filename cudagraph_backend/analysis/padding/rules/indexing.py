@@ -1,0 +1,165 @@
+"""Reading and writing at places that a tensor holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+
+from ..call import Call, rule
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, common
+
+
+@rule("aten::embedding")
+def embedding(call: Call) -> Results:
+    """A table free of rows, looked up by each row's indices."""
+    table, index = call["weight"], call["indices"]
+    own = _reads(table, {0: index})
+    return call.keep(Fact.REPLICA, *own)
+
+
+@rule("aten::index.Tensor", "aten::_unsafe_index.Tensor")
+def index(call: Call) -> Results:
+    """Each row reads from a tensor free of rows, or from its own row, or the rows aren't indexed at all."""
+    return call.keep(Fact.REPLICA | Fact.ZERO, *_reads(call["self"], _by_dim(call["indices"])))
+
+
+@rule("aten::index_select")
+def index_select(call: Call) -> Results:
+    """As :func:`index`, along one dim."""
+    operand = call["self"]
+    return call.keep(Fact.REPLICA | Fact.ZERO, *_reads(operand, {operand.dim(call["dim"]): call["index"]}))
+
+
+@rule("aten::gather")
+def gather(call: Call) -> Results:
+    """Along another dim, each row reads from its own row; along the indexed dim, from a tensor free of rows."""
+    operand, index = call["self"], call["index"]
+    dim = operand.dim(call["dim"])
+    _stays_inside(index, operand.shape[dim])
+    if operand.rows is FREE:
+        e = index.rows.dim
+        if e == dim:
+            return call.keep(Fact.REPLICA, index)
+        if not operand.shape[e].is_Integer:  # guards on fixed sizes are checked per bucket, others say too little
+            raise RefusePadding("takes rows out of another dynamic dim", operand.shape[e].free_symbols)
+        return call.keep(Fact.NOTHING)
+    _same_rows(operand, index)
+    if operand.row_dim == dim:
+        raise RefusePadding("picks rows by numbers")
+    return call.keep(Fact.REPLICA)
+
+
+@rule(
+    "aten::scatter.reduce",
+    "aten::scatter.src",
+    "aten::scatter.value",
+    "aten::scatter.value_reduce",
+    "aten::scatter_add",
+    "aten::scatter_reduce.two",
+)
+def scatter(call: Call) -> Results:
+    """Along another dim, each row writes into its own row."""
+    operand, index, source = call["self"], call["index"], call["src"]
+    dim = operand.dim(call["dim"])
+    for other in filter(None, (index, source)):
+        _same_rows(operand, other)
+    if operand.row_dim == dim:
+        raise RefusePadding("writes to rows by numbers")
+    _stays_inside(index, operand.shape[dim])
+    return call.keep(Fact.REPLICA)
+
+
+@rule("aten::index_put", "aten::_unsafe_index_put")
+def index_put(call: Call) -> Results:
+    """Writes ``values`` where ``indices`` say."""
+    return _writes(call, _by_dim(call["indices"]), call["values"], call["accumulate"])
+
+
+@rule("aten::index_copy", "aten::index_fill.int_Scalar", "aten::index_fill.int_Tensor", "aten::index_add")
+def index_along(call: Call) -> Results:
+    """Writes along one dim."""
+    source = call["source"] if call["source"] is not None else call["value"]
+    adds = str(call.node.target).startswith("aten.index_add")
+    return _writes(call, {call["self"].dim(call["dim"]): call["index"]}, source, adds)
+
+
+@rule("aten::slice_scatter", "aten::select_scatter")
+def write_slice(call: Call) -> Results:
+    """Writes a fixed part of another dim."""
+    operand, source = call["self"], call["src"]
+    if operand.rows is FREE or operand.dim(call["dim"]) == operand.row_dim:
+        raise RefusePadding("writes rows into a part of a tensor")
+    return call.keep(Fact.REPLICA | Fact.ZERO)
+
+
+@rule("aten::bucketize.Tensor")
+def bucketize(call: Call) -> Results:
+    """Each entry's place among boundaries free of rows."""
+    call.only("self")
+    return call.keep(Fact.NOTHING)
+
+
+def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:
+    return {dim: index for dim, index in enumerate(indices) if index is not None}
+
+
+def _reads(operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
+    """Checks that each row reads from its own row or from what is free of rows.
+
+    Returns the operands that decide what the padded rows of the result hold.
+    """
+    for dim, index in indices.items():
+        if index.dtype in (torch.bool, torch.uint8):
+            raise RefusePadding("selects entries by a mask: their number depends on values")
+        if dim == operand.row_dim:
+            _is_own(index, operand)
+        else:
+            _stays_inside(index, operand.shape[dim])
+    if operand.rows is not FREE and operand.row_dim not in indices and any(i.rows for i in indices.values()):
+        raise RefusePadding("every row's indices are applied to every row")
+    return [operand, *(index for dim, index in indices.items() if dim != operand.row_dim)]
+
+
+def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumulate: bool) -> Results:
+    operand: Operand = call["self"]
+    deciding = _reads(operand, indices)
+    source = values if isinstance(values, Operand) else None
+    if operand.rows is not FREE:
+        facts = Fact.REPLICA if source is None or source.rows is FREE else Fact.REPLICA | Fact.ZERO
+        return call.keep(facts, *deciding, *filter(None, [source]))
+    # Padded rows write too. That changes nothing if they write what the last real row writes, or add zero.
+    if accumulate:
+        harmless = source is not None and source.rows is not FREE and source.holds(Fact.ZERO)
+    else:
+        harmless = bool(common(*deciding, source) & Fact.REPLICA)
+    if not harmless:
+        raise RefusePadding("padded rows write into a tensor free of rows")
+    return FREE
+
+
+def _is_own(index: Operand, operand: Operand) -> None:
+    """Rows may be picked by number only if each row picks itself."""
+    if index.rows is FREE or not index.holds(Fact.OWN_INDEX) or operand.rows.per != 1:
+        raise RefusePadding("picks rows by numbers", _symbols(index.shape))
+
+
+def _stays_inside(index: Operand, size: sympy.Expr) -> None:
+    """What the padded rows hold must be a valid index, as the real rows' is."""
+    if index.holds(Fact.REPLICA) or (index.holds(Fact.ZERO) and size.is_positive):
+        return
+    if index.holds(Fact.OWN_INDEX):
+        raise RefusePadding("rows are counted along a dim that has another size", size.free_symbols)
+    raise RefusePadding("what padded rows hold may be no valid index")
+
+
+def _same_rows(operand: Operand, other: Operand) -> None:
+    if operand.rows is FREE or other.rows is FREE:
+        raise RefusePadding("rows meet a dim of another size", _symbols(operand.shape) | _symbols(other.shape))
+    if (operand.rows.dim, operand.rows.per) != (other.rows.dim, other.rows.per):
+        raise RefusePadding("rows along different dims meet")
+
+
+def _symbols(shape: tuple[sympy.Expr, ...]) -> frozenset[sympy.Symbol]:
+    return frozenset().union(*(size.free_symbols for size in shape))

@@ -1,0 +1,131 @@
+"""The ``torch.compile`` entry: composes the compile path, and owns the process's devices and regions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cudagraph_backend import torch_internals
+from cudagraph_backend.analysis import analyse, complete
+from cudagraph_backend.devices import Device, driver_refusal, make_device
+from cudagraph_backend.errors import OptionError, RefusalError
+from cudagraph_backend.options import Options, parse_options
+from cudagraph_backend.region import Kind, Region
+from cudagraph_backend.replay import Replayer
+
+
+class Backend:
+    """``torch.compile(model, backend="sharedgraph", options={...})``; see ``Options``.
+
+    One instance serves the process. Nothing is created on a device before a region runs there.
+    """
+
+    __name__ = "sharedgraph"
+    compiler_name = "sharedgraph"
+
+    def __init__(self) -> None:
+        self._devices: dict[torch.device, Device] = {}
+        self._replayers: weakref.WeakSet[Replayer] = weakref.WeakSet()
+        self._numbers = itertools.count()  # never starts anew: a region's name stays its own
+
+    def __call__(
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one Dynamo graph.
+
+        Raises:
+            OptionError: a bad option, or a ``mode`` (Inductor's settings go into ``options={"inductor": {...}}``).
+            RefusalError: with ``strict``, if a region can't be captured or one of its dims can't be padded.
+        """
+        if mode is not None:
+            raise OptionError(f"mode: got {mode!r}; accepted is none: use options={{'inductor': {{...}}}} instead")
+        frame = _FrameCompile(self, parse_options(options))
+        return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(frame.options.inductor))
+
+    def regions(self) -> list[Replayer]:
+        """The regions that are alive, in the order in which they were compiled."""
+        return sorted(self._replayers, key=lambda replayer: replayer.region.number)
+
+    def next_number(self) -> int:
+        return next(self._numbers)
+
+    def devices(self) -> dict[torch.device, Device]:
+        return self._devices
+
+    def device(self, device: torch.device) -> Device:
+        """The device's driver and pool, made at the first use."""
+        if device not in self._devices:
+            self._devices[device] = make_device(device)
+        return self._devices[device]
+
+    def add(self, region: Region, compiled: Any, options: Options, place: Any) -> Replayer:
+        replayer = Replayer(region, compiled, options, place, lambda: self.device(region.device))
+        self._replayers.add(replayer)
+        return replayer
+
+    def reset(self) -> None:
+        """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
+        for replayer in self.regions():
+            replayer.reset()
+        self._devices.clear()
+
+
+@dataclasses.dataclass(slots=True)
+class _FrameCompile:
+    """The compilation of one Dynamo graph: its forward (or inference) region, and later its backward region."""
+
+    backend: Backend
+    options: Options
+    _static_names: frozenset[str] = frozenset()
+
+    def compile_region(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """Analyse a region, let Inductor compile it, and wrap the result. Passed to ``compile_fx`` as inner compile."""
+        kind: Kind = "inference" if kwargs.get("is_inference") else "forward"
+        if kwargs.get("is_backward"):
+            kind = "backward"
+        frame = torch_internals.current_frame_id()
+        static = self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ())
+        number = self.backend.next_number()
+        region = analyse(gm.graph, example_inputs, kind, static, self.options, number)
+        if region.refusal is None:
+            refusal = driver_refusal(self.options.driver, region.device)
+            region = dataclasses.replace(region, refusal=refusal)
+        compiled = torch_internals.compile_region(gm, example_inputs, **kwargs)
+        region = complete(region, compiled)
+        if self.options.strict:
+            _raise_refusals(region)
+        place = (kind, frame) if frame is not None else (kind, region.name)
+        return self.backend.add(region, compiled, self.options, place)
+
+    def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
+        """Indices of the inputs whose address never changes.
+
+        For a backward, AOTAutograd reports everything saved by the forward; only the forward's own static inputs
+        among it (known by name) are certain to stay where they are.
+        """
+        names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        if kind != "backward":
+            self._static_names = frozenset(names[i] for i in indices)
+            return frozenset(indices)
+        return frozenset(i for i, name in enumerate(names) if name in self._static_names)
+
+
+def _raise_refusals(region: Region) -> None:
+    if region.refusal is not None:
+        raise RefusalError(f"{region.name} can't be captured: {region.refusal}")
+    for dim in region.dims:
+        if dim.refusal is not None:
+            raise RefusalError(f"{region.name}: dim {dim.name} can't be padded: {dim.refusal}")
+
+
+sharedgraph = Backend()

@@ -1,0 +1,74 @@
+"""Capture sizes: which sizes of a dynamic dim get a graph, and which graph serves a size. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+CaptureSizes = tuple[int, ...] | Literal["auto"]
+
+
+def next_auto_size(n: int) -> int:
+    """The smallest automatic capture size that is at least ``n``.
+
+    1, 2, 4, 8, then by 8 up to 256, by 16 up to 512, by 32 up to 1024, …: sixteen sizes per doubling past 128, so that
+    less than 1/16 of such a bucket is padding. (vLLM and SGLang step alike, up to a last size.)
+    """
+    if n <= 8:
+        return 1 << max(n - 1, 0).bit_length()
+    step = 1 << max(3, (n - 1).bit_length() - 5)
+    return -(-n // step) * step
+
+
+def auto_sizes(largest: int) -> tuple[int, ...]:
+    """All automatic capture sizes up to ``largest``, which is one of them, so that every size has a bucket."""
+    sizes = []
+    size = 1
+    while size < largest:
+        sizes.append(size)
+        size = next_auto_size(size + 1)
+    return (*sizes, largest)
+
+
+def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterator[int]:
+    """Capture sizes that could serve ``n``, smallest first.
+
+    Args:
+        n: the real size.
+        capture_sizes: the user's sizes, or ``"auto"``.
+        upper: the dim's upper bound, if it has one.
+    """
+    if capture_sizes != "auto":
+        yield from (size for size in capture_sizes if size >= n and (upper is None or size <= upper))
+        return
+    size = next_auto_size(n)
+    # Guards may exclude a size (n % 8 != 0, n <= 20): a few larger ones are tried, not an endless list of them.
+    for _ in range(4):
+        if upper is not None and size >= upper:
+            yield upper
+            return
+        yield size
+        size = next_auto_size(size + 1)
+
+
+def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Callable[[int], bool]) -> int | None:
+    """The bucket of ``n``: the smallest capture size that holds it and that the region's guards admit.
+
+    Returns ``n`` itself where ``"auto"`` finds no admitted size, and ``None`` where the user's list has none.
+    """
+    for size in candidates(n, capture_sizes, upper):
+        if admits(size):
+            return size
+    return n if capture_sizes == "auto" else None
+
+
+def largest(capture_sizes: CaptureSizes, upper: int | None, bucket: int) -> int:
+    """The size to provide memory for when ``bucket`` is captured: the largest there will be, as far as known.
+
+    Without a bound this is the next power of two, so that memory is moved only a few times while sizes grow.
+    """
+    if capture_sizes != "auto":
+        return max(bucket, max((s for s in capture_sizes if upper is None or s <= upper), default=bucket))
+    if upper is not None:
+        return max(bucket, upper)
+    return 1 << (bucket - 1).bit_length()

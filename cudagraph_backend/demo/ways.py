@@ -1,0 +1,190 @@
+"""The ways of running a workload: eager, Inductor, stock ``reduce-overhead`` and sharedgraph.
+
+Eager gives the references first. Then each way starts from a reset Dynamo, serves the whole stream untimed (compiling
+and capturing as it meets new sizes), and once more with every call timed. Each result of each pass is compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cudagraph_backend as sg
+from cudagraph_backend.demo.workload import Batch, Workload
+
+Served = Callable[..., Tensor]
+Progress = Callable[[str], None]  # called with the way's name after each request
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of running a module.
+
+    Attributes:
+        prepare: the module → what is called for each request.
+        captures: how many graphs were captured since the last reset, for a device.
+        untimed_passes: how often the stream is served before it is timed.
+    """
+
+    name: str
+    prepare: Callable[[nn.Module], Served]
+    captures: Callable[[torch.device], int]
+    untimed_passes: int = 1
+    cuda_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WayResult:
+    """What running a workload in one way has shown.
+
+    Attributes:
+        first_pass_s: seconds that the first pass took in calls, compiling included.
+        call_s: seconds of each call of the timed pass.
+        max_abs_error: the greatest difference from eager in any pass; infinite if a result was NaN or of a wrong shape.
+        device_memory_bytes: how much GPU memory the way took in all and kept (``None`` on a CPU).
+        stats: sharedgraph's own counters, for that way alone.
+    """
+
+    name: str
+    first_pass_s: float
+    call_s: tuple[float, ...] = field(repr=False)
+    max_abs_error: float
+    captures: int
+    device_memory_bytes: int | None = None
+    stats: dict[str, Any] | None = None
+    explanation: str | None = None
+
+    @property
+    def median_ms(self) -> float:
+        return quantile(self.call_s, 0.5) * 1e3
+
+    @property
+    def p95_ms(self) -> float:
+        return quantile(self.call_s, 0.95) * 1e3
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The ``q``-quantile of ``values``, linear between the two nearest ranks."""
+    if not values:
+        raise ValueError("a quantile needs at least one value")
+    ordered = sorted(values)
+    rank = q * (len(ordered) - 1)
+    low = math.floor(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def max_abs_error(result: Tensor, expected: Tensor) -> float:
+    """The greatest absolute difference; infinite if shapes or dtypes differ or the difference is not a number."""
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return math.inf
+    error = (result - expected).abs().max().item() if expected.numel() else 0.0
+    return math.inf if math.isnan(error) else float(error)
+
+
+def _stock_captures(device: torch.device) -> int:
+    """The graphs that PyTorch's own cudagraph trees hold; they keep no counter, so the tree is walked."""
+    from torch._inductor import cudagraph_trees
+
+    manager = cudagraph_trees.get_manager(device.index or 0, create_if_none_exists=False)
+    waiting = [node for nodes in manager.roots.values() for node in nodes] if manager else []
+    count = 0
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        waiting.extend(child for children in node.children.values() for child in children)
+    return count
+
+
+WAYS = (
+    Way("eager", lambda module: module, lambda device: 0, untimed_passes=0),
+    Way("inductor", torch.compile, lambda device: 0),
+    # Stock warms up the first time it meets a size and records the second time; only the third is a replay.
+    Way(
+        "reduce-overhead",
+        lambda module: torch.compile(module, mode="reduce-overhead"),
+        _stock_captures,
+        untimed_passes=2,
+        cuda_only=True,
+    ),
+    Way("sharedgraph", lambda module: torch.compile(module, backend="sharedgraph"), lambda device: sg.stats().captures),
+)
+
+
+def calls_in_all(ways: Iterable[Way], requests: int) -> int:
+    """How often progress is reported: the pass for the references, and those of every way."""
+    return requests * (1 + sum(way.untimed_passes + 1 for way in ways))
+
+
+@torch.inference_mode()
+def eager_results(workload: Workload, progress: Progress) -> list[Tensor]:
+    """What every way must return; this pass warms eager up, too."""
+    results = []
+    for batch in workload.requests:
+        results.append(workload.module(*batch))
+        progress("references")
+    return results
+
+
+@torch.inference_mode()
+def run_way(way: Way, workload: Workload, references: Sequence[Tensor], progress: Progress) -> WayResult:
+    """Serve the stream in one way, from a clean start."""
+    device = references[0].device
+    torch._dynamo.reset()
+    sg.reset()
+    free_before = _free_memory(device)
+    served = way.prepare(workload.module)
+    seconds: list[float] = []
+    error = 0.0
+    passes: list[tuple[float, ...]] = []
+    for _ in range(way.untimed_passes + 1):
+        seconds = []
+        for batch, expected in zip(workload.requests, references, strict=True):
+            took, off = _serve(served, batch, expected)
+            seconds.append(took)
+            error = max(error, off)
+            progress(way.name)
+        passes.append(tuple(seconds))
+    free_after = _free_memory(device)
+    ours = way.name == "sharedgraph"
+    return WayResult(
+        name=way.name,
+        first_pass_s=sum(passes[0]),
+        call_s=passes[-1],
+        max_abs_error=error,
+        captures=way.captures(device),
+        device_memory_bytes=None if free_before is None or free_after is None else free_before - free_after,
+        stats=sg.stats().as_dict() if ours else None,
+        explanation=sg.explain() if ours else None,
+    )
+
+
+def _serve(served: Served, batch: Batch, expected: Tensor) -> tuple[float, float]:
+    """Seconds that one call took, and its error. The result dies here, as it does once a server has sent it."""
+    _wait(expected.device)
+    start = time.perf_counter()
+    result = served(*batch)
+    _wait(expected.device)
+    return time.perf_counter() - start, max_abs_error(result, expected)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Free bytes of the GPU once everything that can be given back was given back."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize(device)
+    return torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,59 @@
+"""Drivers: how a graph is captured and replayed on a device. Everything above this protocol is the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+from cudagraph_backend.torch_internals import Compiled
+
+T = TypeVar("T")
+
+
+class Memory(Protocol):
+    """Growing memory behind an output pool. Addresses never move; every tensor handed out keeps it alive."""
+
+    address: int
+    """Of the first byte."""
+    nbytes: int
+    """Bytes that are really there."""
+
+    def grow(self, nbytes: int) -> None:
+        """Provide at least ``nbytes``. Raises ``torch.OutOfMemoryError`` if they can't be had."""
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor with a storage of its own over ``nbytes`` bytes from ``offset``."""
+
+
+class Graph(Protocol):
+    """A captured graph."""
+
+    def replay(self) -> None:
+        """Run it on the current stream."""
+
+
+class Driver(Protocol):
+    """Captures and replays graphs on one device."""
+
+    device: torch.device
+    poison: bool
+    """Overwrite whatever must not be read (scratch, padded rows, dead outputs) with NaN. For tests."""
+
+    def new_memory(self) -> Memory: ...
+
+    def prepare(self, compiled: Compiled) -> Compiled:
+        """The callable to run and capture for a compiled region."""
+
+    def run_once(self, run: Callable[[], T]) -> T:
+        """Run for real, before capture: initialises what is lazy (autotuning, handles), with capture's scratch."""
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """Capture ``run`` without running it. Raises ``CaptureError``, leaving nothing behind, if it can't be."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is already being captured, by somebody else."""
+
+    def scratch_nbytes(self) -> int:
+        """Bytes held by the memory pool, which all captures share."""

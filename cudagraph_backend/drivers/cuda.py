@@ -1,0 +1,168 @@
+"""The CUDA driver: torch.cuda.CUDAGraph, one capture stream and one memory pool for all captures of a device."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from cudagraph_backend.errors import CaptureError
+from cudagraph_backend.torch_internals import Compiled, clear_cublas_workspaces
+
+T = TypeVar("T")
+
+
+class CudaMemory:
+    """Device memory that grows without moving: addresses are reserved once, and physical memory is mapped on demand.
+
+    Uses CUDA's virtual memory management (``cuMemAddressReserve``, ``cuMemCreate``, ``cuMemMap``) through NVIDIA's
+    ``cuda-bindings``, which CUDA builds of torch depend on.
+    """
+
+    def __init__(self, device: torch.device):
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._device = device
+        self._handles: list[tuple[int, int, Any]] = []
+        self.nbytes = 0
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes sure that the primary context exists
+            self._prop = driver.CUmemAllocationProp()
+            self._prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+            self._prop.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            self._prop.location.id = device.index
+            minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+            self._granularity = self._call("cuMemGetAllocationGranularity", self._prop, minimum)
+            total = torch.cuda.get_device_properties(device).total_memory
+            self._reserved = self._rounded(total)
+            self.address = int(self._call("cuMemAddressReserve", self._reserved, 0, 0, 0))
+
+    def grow(self, nbytes: int) -> None:
+        more = self._rounded(nbytes) - self.nbytes
+        if more <= 0:
+            return
+        if self.nbytes + more > self._reserved:
+            raise torch.OutOfMemoryError(f"the output pool needs {nbytes} bytes; the device has {self._reserved}")
+        handle = self._call("cuMemCreate", more, self._prop, 0)
+        address = self.address + self.nbytes
+        self._call("cuMemMap", address, more, 0, handle, 0)
+        self._handles.append((address, more, handle))
+        access = self._driver.CUmemAccessDesc()
+        access.location = self._prop.location
+        access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._call("cuMemSetAccess", address, more, [access], 1)
+        self.nbytes += more
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device=self._device)
+        return torch.as_tensor(_CudaBytes(self, self.address + offset, nbytes), device=self._device)
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self._granularity) * self._granularity
+
+    def _call(self, name: str, *args: Any) -> Any:
+        error, *results = getattr(self._driver, name)(*args)
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            kind = torch.OutOfMemoryError if "OUT_OF_MEMORY" in error.name else RuntimeError
+            raise kind(f"{name} failed with {error.name} for the output pool of {self._device}")
+        return results[0] if results else None
+
+    def __del__(self) -> None:
+        # Nothing refers to the memory any more: every tensor on it holds this object.
+        if getattr(self, "address", None) is None:
+            return
+        torch.cuda.synchronize(self._device)
+        for address, nbytes, handle in self._handles:
+            self._driver.cuMemUnmap(address, nbytes)
+            self._driver.cuMemRelease(handle)
+        self._driver.cuMemAddressFree(self.address, self._reserved)
+
+
+class _CudaBytes:
+    """A piece of the memory in the form that ``torch.as_tensor`` takes; the tensor keeps ``memory`` alive."""
+
+    def __init__(self, memory: CudaMemory, address: int, nbytes: int):
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 2,
+        }
+
+
+class CudaDriver:
+    poison = False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.MemPool()
+
+    def new_memory(self) -> CudaMemory:
+        return CudaMemory(self.device)
+
+    def prepare(self, compiled: Compiled) -> Compiled:
+        return compiled
+
+    def run_once(self, run: Callable[[], T]) -> T:
+        """Run on the capture stream, with the memory pool, so that capture finds the blocks of scratch it needs."""
+        with self._on_capture_stream(), torch.cuda.use_mem_pool(self._pool, self.device):
+            result = run()
+        clear_cublas_workspaces()
+        return result
+
+    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with self._on_capture_stream(), _collector_off():
+            # Workspaces that cuBLAS holds from before would not be in the memory pool; those made inside must not stay.
+            clear_cublas_workspaces()
+            graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException as error:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                if not isinstance(error, Exception):
+                    raise
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
+            finally:
+                clear_cublas_workspaces()
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
+        return graph
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def scratch_nbytes(self) -> int:
+        return sum(segment["total_size"] for segment in self._pool.snapshot())
+
+    @contextlib.contextmanager
+    def _on_capture_stream(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """A collection inside capture may free CUDA objects, which breaks the capture, and costs most of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,83 @@
+"""The host driver: no graphs, but the same fixed addresses, staging and outputs, on the CPU.
+
+It makes everything above the driver testable without a GPU. ``replay`` runs the compiled region on the addresses it
+was captured with.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from cudagraph_backend import torch_internals
+from cudagraph_backend.torch_internals import Compiled
+
+T = TypeVar("T")
+
+_RESERVED = 1 << 36  # 64 GiB of addresses; a page takes memory when it is first written
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in Python's mmap since 3.11? the value is Linux's
+
+
+class HostMemory:
+    """An anonymous map of addresses, used from its beginning."""
+
+    def __init__(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        self._map = mmap.mmap(-1, _RESERVED, flags=flags)
+        self.address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        self.nbytes = 0
+
+    def grow(self, nbytes: int) -> None:
+        if nbytes > _RESERVED:
+            raise torch.OutOfMemoryError(f"the output pool needs {nbytes} bytes; {_RESERVED} are reserved")
+        self.nbytes = max(self.nbytes, nbytes)
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+
+@dataclass(frozen=True, slots=True)
+class HostGraph:
+    run: Callable[[], None]
+
+    def replay(self) -> None:
+        self.run()
+
+
+class HostDriver:
+    poison = False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def new_memory(self) -> HostMemory:
+        return HostMemory()
+
+    def prepare(self, compiled: Compiled) -> Compiled:
+        if not self.poison:
+            return compiled
+        return torch_internals.with_allocator(compiled, "cpu", _poisoned) or compiled
+
+    def run_once(self, run: Callable[[], T]) -> T:
+        return run()
+
+    def capture(self, run: Callable[[], None]) -> HostGraph:
+        return HostGraph(run)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def scratch_nbytes(self) -> int:
+        return 0
+
+
+def _poisoned(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    buffer = torch.empty_strided(size, stride, dtype=dtype)
+    buffer.untyped_storage().fill_(0xFF)
+    return buffer

@@ -1,0 +1,141 @@
+"""The backend's options: frozen, and parsed strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from cudagraph_backend import torch_internals
+from cudagraph_backend.errors import OptionError
+
+Pad = Literal["prove", "probe", "assume", "off"]
+Fill = Literal["replica", "zero"]
+OnOverwrite = Literal["preserve", "error"]
+DriverName = Literal["auto", "cuda", "host", "off"]
+Verify = Literal["off", "capture"]
+
+_CHOICES = {"pad": Pad, "fill": Fill, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify}
+_NOT_YET = {("pad", "probe"), ("on_overwrite", "error"), ("verify", "capture")}
+_MAX_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What ``torch.compile(..., backend="sharedgraph", options={...})`` accepts.
+
+    Attributes:
+        capture_sizes: sizes of a dynamic dim to capture graphs for (ascending, unique), or ``"auto"``: from the dim's
+            bounds (``mark_dynamic(max=…)``), or growing with the sizes that are seen.
+        pad: pad a dynamic dim up to a capture size if that is proven safe (``"prove"``), always (``"assume"``: wrong
+            values if a real row depends on a padded one), or never (``"off"``).
+        fill: what padded rows of inputs hold: copies of the last real row, or zeros.
+        on_overwrite: an output still alive when its memory is needed is moved out (``"preserve"``).
+        driver: ``"cuda"`` captures CUDA graphs, ``"host"`` runs the same machinery on the CPU, ``"auto"`` takes the
+            one that fits a region's device, ``"off"`` runs the compiled regions as they are.
+        strict: raise ``RefusalError`` where a refusal would be counted.
+        max_graphs: the most graphs one region may hold; beyond it the compiled region runs.
+        verify: check at capture that padding changes nothing.
+        inductor: settings passed to Inductor, e.g. ``{"max_autotune": True}``.
+    """
+
+    capture_sizes: tuple[int, ...] | Literal["auto"] = "auto"
+    pad: Pad = "prove"
+    fill: Fill = "replica"
+    on_overwrite: OnOverwrite = "preserve"
+    driver: DriverName = "auto"
+    strict: bool = False
+    max_graphs: int = 512
+    verify: Verify = "off"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_options(given: Mapping[str, Any] | None) -> Options:
+    """Check every option given.
+
+    Raises:
+        OptionError: an unknown name, a wrong type or an impossible value.
+        NotImplementedError: a value that is planned and not there yet.
+    """
+    if given is None:
+        return Options()
+    if not isinstance(given, Mapping):
+        raise OptionError(f"options: got {given!r}; accepted is a dict of option names to values")
+    names = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in names:
+            raise OptionError(f"option {name!r} is unknown; accepted are {', '.join(names)}")
+    return Options(**{name: _checked(name, value) for name, value in given.items()})
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in _CHOICES:
+        return _checked_choice(name, value)
+    return _CHECKS[name](value)
+
+
+def _checked_choice(name: str, value: Any) -> str:
+    accepted = get_args(_CHOICES[name])
+    if not isinstance(value, str) or value not in accepted:
+        raise _error(name, value, "one of " + ", ".join(map(repr, accepted)))
+    if (name, value) in _NOT_YET:
+        others = [v for v in accepted if (name, v) not in _NOT_YET]
+        raise NotImplementedError(f"option {name!r}: {value!r} is not there yet; use one of {others}")
+    if name == "driver" and value == "cuda" and not torch.cuda.is_available():
+        raise _error(name, value, "'cuda' only where torch.cuda.is_available(); use 'auto' or 'host' here")
+    return value
+
+
+def _checked_capture_sizes(value: Any) -> tuple[int, ...] | Literal["auto"]:
+    accepted = f"'auto' or a non-empty list of ints from 1 to {_MAX_SIZE}"
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if not isinstance(value, (list, tuple, range)) or not value:
+        raise _error("capture_sizes", value, accepted)
+    for size in value:
+        if type(size) is not int or not 1 <= size <= _MAX_SIZE:
+            raise _error("capture_sizes", value, f"{accepted} (it holds {size!r})")
+    return tuple(sorted(set(value)))
+
+
+def _checked_strict(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _error("strict", value, "True or False")
+    return value
+
+
+def _checked_max_graphs(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise _error("max_graphs", value, "an int of at least 1; to capture nothing use driver='off'")
+    return value
+
+
+def _checked_inductor(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise _error("inductor", value, "a dict of Inductor's setting names to values")
+    for key in value:
+        if key.replace("-", "_").startswith("triton.cudagraph"):
+            raise _error("inductor", value, f"settings other than {key!r}: this backend captures the graphs itself")
+    try:
+        return torch_internals.checked_inductor_options(dict(value))
+    except RuntimeError as error:
+        if "Unexpected optimization option" not in str(error):
+            raise _error("inductor", value, f"values of the settings' types ({error})") from None
+        unknown = [key for key in value if key.replace("-", "_") not in torch_internals.inductor_option_names()]
+        raise _error(
+            "inductor", value, f"settings of torch._inductor.config, which has no {', '.join(map(repr, unknown))}"
+        ) from None
+
+
+def _error(name: str, value: Any, accepted: str) -> OptionError:
+    return OptionError(f"option {name!r}: got {value!r}; accepted is {accepted}")
+
+
+_CHECKS = {
+    "capture_sizes": _checked_capture_sizes,
+    "strict": _checked_strict,
+    "max_graphs": _checked_max_graphs,
+    "inductor": _checked_inductor,
+}

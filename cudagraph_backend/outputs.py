@@ -1,0 +1,179 @@
+"""Outputs: where the compiled region's results go in the output pool, and the tensors a call gets back.
+
+A bucket's *layout* says, for every output, whether it is a view on the pool, an argument handed back, or a number. It
+is observed in the run before capture. From it and the region's expressions come the *views* of a call's real rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.output_pool import Loan, OutputRange
+from cudagraph_backend.region import Region, TensorOutput, Values, evaluate, evaluate_all
+from cudagraph_backend.strides import Shape, extent, reaching_once
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """An output in the output pool: ``range`` is the index among the place's ranges; ``offset`` is in elements."""
+
+    range: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the range's storage that the output needs."""
+        return (self.offset + extent(self.size, self.stride)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """An output that is one of the arguments, or a view of a static one."""
+
+    index: int
+    view: tuple[Shape, int] | None
+    """Shape and storage offset; ``None``: the argument itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """An output that is a size, or ``None``."""
+
+    value: int | None
+
+
+Entry = Pooled | Returned | Number
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Outputs at certain sizes, and the bytes needed of each range."""
+
+    entries: tuple[Entry, ...]
+    range_nbytes: tuple[int, ...]
+    extents: tuple[tuple[tuple[int, int, int], ...], ...]
+    """Per range: (output index, first byte, one past the last byte)."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.range_nbytes)
+
+
+def observed_layout(
+    region: Region, outputs: Sequence[Any], args: Sequence[Any], values: Values
+) -> Layout | Refusal:
+    """The layout of what one run at a bucket's sizes returned.
+
+    Outputs that share a storage share a range. Returns a refusal if the run contradicts what the analysis expects.
+    """
+    identical = {id(args[i.index]): i.index for i in region.inputs}
+    static = {args[i.index].untyped_storage()._cdata: i.index for i in region.inputs if i.role == "static"}
+    ranges: dict[int, int] = {}
+    entries: list[Entry] = []
+    for index, (output, known) in enumerate(zip(outputs, region.outputs, strict=True)):
+        if not isinstance(output, torch.Tensor):
+            entries.append(Number(output))
+            continue
+        if not isinstance(known, TensorOutput) or evaluate_all(known.size, values) != tuple(output.shape):
+            return Refusal(f"output {index} has size {tuple(output.shape)}, which the graph does not state")
+        storage = output.untyped_storage()._cdata
+        if id(output) in identical:
+            entries.append(Returned(identical[id(output)], None))
+            continue
+        if storage in static:
+            view = (tuple(output.shape), output.stride()), output.storage_offset()
+            entries.append(Returned(static[storage], view))
+            continue
+        number = ranges.setdefault(storage, len(ranges))
+        entries.append(Pooled(number, output.dtype, tuple(output.shape), output.stride(), output.storage_offset()))
+    return _layout(entries)
+
+
+def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
+    """The layout of a call's real rows inside a bucket's: same places, the sizes and strides of the call."""
+    entries: list[Entry] = []
+    for entry, known in zip(bucket.entries, region.outputs, strict=True):
+        if isinstance(entry, Pooled) and isinstance(known, TensorOutput):
+            size = evaluate_all(known.size, values)
+            stride = entry.stride if known.stride is None else evaluate_all(known.stride, values)
+            entries.append(Pooled(entry.range, entry.dtype, size, stride, entry.offset))
+        elif isinstance(entry, Number) and isinstance(known, sympy.Expr):
+            entries.append(Number(evaluate(known, values)))
+        else:
+            entries.append(entry)
+    return _layout(entries)
+
+
+def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
+    """A refusal if the strides that Inductor stated are not those it returned (then views at other sizes are a guess)."""
+    for index, (entry, known) in enumerate(zip(bucket.entries, region.outputs, strict=True)):
+        if isinstance(entry, Pooled) and isinstance(known, TensorOutput) and known.stride is not None:
+            stated = evaluate_all(known.stride, values)
+            if any(n > 1 and a != b for n, a, b in zip(entry.size, stated, entry.stride, strict=True)):
+                return Refusal(f"output {index} has strides {entry.stride} where Inductor states {stated}")
+    return None
+
+
+def copy_out(layout: Layout, outputs: Sequence[Any], ranges: Sequence[OutputRange]) -> None:
+    """Copy the results of a run into the pool (captured as part of the graph)."""
+    targets, results = [], []
+    storages = [r.bytes(n) for r, n in zip(ranges, layout.range_nbytes, strict=True)]
+    for entry, output in zip(layout.entries, outputs, strict=True):
+        if isinstance(entry, Pooled) and output.numel():
+            shape = reaching_once(entry.size, entry.stride)
+            targets.append(_view(storages[entry.range], entry.dtype, shape, entry.offset))
+            results.append(output.as_strided(*shape))
+    if targets:
+        torch._foreach_copy_(targets, results)
+
+
+def make_outputs(
+    layout: Layout, ranges: Sequence[OutputRange], args: Sequence[Any], region: str, step: tuple[int, int]
+) -> list[Any]:
+    """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
+    storages = [
+        r.lend(nbytes, Loan(region, extents, step))
+        for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents, strict=True)
+    ]
+    outputs: list[Any] = []
+    for entry in layout.entries:
+        if isinstance(entry, Pooled):
+            outputs.append(_view(storages[entry.range], entry.dtype, (entry.size, entry.stride), entry.offset))
+        elif isinstance(entry, Returned):
+            tensor = args[entry.index]
+            outputs.append(tensor if entry.view is None else _view(tensor, tensor.dtype, *entry.view))
+        else:
+            outputs.append(entry.value)
+    return outputs
+
+
+def detached(result: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The first entries of a result along every dim, in memory of their own, in the result's order of dims."""
+    for dim, length in enumerate(size):
+        result = result.narrow(dim, 0, length)
+    return result.clone()
+
+
+def _layout(entries: Sequence[Entry]) -> Layout:
+    count = 1 + max((e.range for e in entries if isinstance(e, Pooled)), default=-1)
+    nbytes = [0] * count
+    extents: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
+    for index, entry in enumerate(entries):
+        if isinstance(entry, Pooled):
+            nbytes[entry.range] = max(nbytes[entry.range], entry.nbytes)
+            extents[entry.range].append((index, entry.offset * entry.dtype.itemsize, entry.nbytes))
+    return Layout(tuple(entries), tuple(nbytes), tuple(map(tuple, extents)))
+
+
+def _view(storage: torch.Tensor, dtype: torch.dtype, shape: Shape, offset: int) -> torch.Tensor:
+    """A tensor of its own (no autograd view) on a storage."""
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage.untyped_storage(), offset, *shape)

@@ -1,0 +1,119 @@
+"""What is known of one region at compile time: frozen records, made by ``analysis``, read by everything after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+import torch
+
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.torch_internals import Shapes
+
+Kind = Literal["inference", "forward", "backward"]
+Values = Mapping[sympy.Symbol, int]
+
+
+def evaluate(expression: sympy.Expr, values: Values) -> int:
+    """A size for given values of the region's symbols."""
+    if isinstance(expression, sympy.Integer):
+        return int(expression)
+    return int(expression.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()}))
+
+
+def evaluate_all(expressions: Sequence[sympy.Expr], values: Values) -> tuple[int, ...]:
+    return tuple(evaluate(e, values) for e in expressions)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput:
+    """A tensor argument of the region.
+
+    A *static* input keeps its address (parameter, buffer, ``mark_static_address``); any other one is *staged*: copied
+    into a buffer of ours before replay. Sizes and strides are in elements, over the region's symbols.
+    """
+
+    index: int
+    name: str
+    role: Literal["static", "staged"]
+    mutated: bool
+    dtype: torch.dtype
+    size: tuple[sympy.Expr, ...]
+    stride: tuple[sympy.Expr, ...]
+
+    @property
+    def symbols(self) -> frozenset[sympy.Symbol]:
+        return frozenset().union(*(e.free_symbols for e in (*self.size, *self.stride)))
+
+
+@dataclass(frozen=True, slots=True)
+class SizeInput:
+    """Where a call's value of a size is found: an int argument, or (``dim``) a dim of a tensor argument."""
+
+    index: int
+    dim: int | None
+    size: sympy.Expr
+
+    def read(self, args: Sequence) -> int:
+        value = args[self.index]
+        return value if self.dim is None else value.size(self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicDim:
+    """One dynamic dim of a region: symbols that are padded together, and what was decided about padding them.
+
+    ``refusal`` is why the dim isn't padded (each of its sizes gets a graph of its own then). ``needs_fill`` says
+    whether the proof relies on what padded rows hold.
+    """
+
+    symbols: frozenset[sympy.Symbol]
+    lower: int
+    upper: int | None
+    refusal: Refusal | None
+    needs_fill: bool
+
+    @property
+    def name(self) -> str:
+        return "=".join(sorted(map(str, self.symbols)))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorOutput:
+    """A tensor that the region returns. ``stride`` is ``None`` where Inductor does not state it beforehand."""
+
+    dtype: torch.dtype
+    size: tuple[sympy.Expr, ...]
+    stride: tuple[sympy.Expr, ...] | None
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One graph handed over by AOTAutograd and compiled by Inductor.
+
+    ``outputs`` holds a ``TensorOutput``, a size expression, or ``None`` per output. ``refusal`` is why the region
+    can't be captured at all. ``has_effects``: running it twice is not the same as running it once.
+    """
+
+    number: int
+    kind: Kind
+    device: torch.device
+    inputs: tuple[TensorInput, ...]
+    sizes: tuple[SizeInput, ...]
+    dims: tuple[DynamicDim, ...]
+    outputs: tuple[TensorOutput | sympy.Expr | None, ...]
+    shapes: Shapes
+    refusal: Refusal | None
+    has_effects: bool
+    source_lines: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"region {self.number} ({self.kind})"
+
+    def values(self, sizes: Sequence[int]) -> dict[sympy.Symbol, int]:
+        """Symbol values for the sizes of a call (in the order of ``self.sizes``)."""
+        return {s.size: n for s, n in zip(self.sizes, sizes, strict=True) if isinstance(s.size, sympy.Symbol)}

@@ -1,0 +1,170 @@
+"""What the backend did: numbers (``stats``), text (``explain``), and which memory a tensor aliases (``alias_info``)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cudagraph_backend.backend import Backend
+from cudagraph_backend.region import DynamicDim
+from cudagraph_backend.replay import Replayer
+from cudagraph_backend.strides import extent
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts since the last reset, over all regions that are alive; memory in bytes, over all devices.
+
+    Attributes:
+        regions: compiled regions.
+        graphs: captured graphs that are held.
+        captures: captures made (more than ``graphs`` where a graph was replaced).
+        replays: calls that a graph answered, those that captured it included.
+        fallbacks: calls that ran the compiled region, by reason.
+        rows_real, rows_padded: rows of padded dims, over all replays.
+        output_pool_bytes: memory that the output pools hold.
+        sum_of_buckets_bytes: what separate outputs for every captured bucket would hold.
+        staging_bytes: staging buffers.
+        memory_pool_bytes: scratch, shared by all captures (CUDA).
+    """
+
+    regions: int
+    graphs: int
+    captures: int
+    replays: int
+    fallbacks: dict[str, int]
+    rows_real: int
+    rows_padded: int
+    output_pool_bytes: int
+    sum_of_buckets_bytes: int
+    staging_bytes: int
+    memory_pool_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def stats_of(backend: Backend) -> Stats:
+    replayers = backend.regions()
+    fallbacks: Counter[str] = Counter()
+    for replayer in replayers:
+        fallbacks.update(replayer.counters.fallbacks)
+    return Stats(
+        regions=len(replayers),
+        graphs=sum(_graph_count(r) for r in replayers),
+        captures=sum(r.counters.captures for r in replayers),
+        replays=sum(r.counters.replays for r in replayers),
+        fallbacks=dict(fallbacks),
+        rows_real=sum(r.counters.rows_real for r in replayers),
+        rows_padded=sum(r.counters.rows_padded for r in replayers),
+        output_pool_bytes=sum(d.pool.nbytes for d in backend.devices().values()),
+        sum_of_buckets_bytes=sum(_bucket_bytes(r) for r in replayers),
+        staging_bytes=sum(_staging_bytes(r) for r in replayers),
+        memory_pool_bytes=sum(d.driver.scratch_nbytes() for d in backend.devices().values()),
+    )
+
+
+def explanation_of(backend: Backend) -> str:
+    """Per region: source lines, verdict on each dynamic dim, buckets, fallbacks, memory."""
+    replayers = backend.regions()
+    if not replayers:
+        return "sharedgraph: no region is compiled"
+    lines = [line for replayer in replayers for line in _explain(replayer)]
+    for device, state in backend.devices().items():
+        lines.append(f"output pool of {device}: {state.pool.nbytes} bytes")
+    return "\n".join(lines)
+
+
+def _explain(replayer: Replayer) -> list[str]:
+    region = replayer.region
+    lines = [f"{region.name} on {region.device}"]
+    lines += [f"  from {span}" for span in region.source_lines]
+    if region.refusal is not None:
+        lines.append(f"  not captured: {region.refusal}")
+    lines += [f"  dim {_explain_dim(dim)}" for dim in region.dims]
+    if replayer.buckets:
+        lines.append(f"  buckets: {_bucket_sizes(replayer)}")
+    lines += [f"  ran uncaptured {count} times: {reason}" for reason, count in replayer.counters.fallbacks.items()]
+    counters = replayer.counters
+    lines.append(
+        f"  {_graph_count(replayer)} graphs, {counters.captures} captures, {counters.replays} replays, "
+        f"rows {counters.rows_real} real + {counters.rows_padded} padded"
+    )
+    lines.append(
+        f"  outputs: {_largest_bytes(replayer)} bytes pooled, {_bucket_bytes(replayer)} as separate buckets; "
+        f"staging: {_staging_bytes(replayer)} bytes"
+    )
+    return lines
+
+
+def _explain_dim(dim: DynamicDim) -> str:
+    sizes = f"{dim.name} ({dim.lower} to {'any size' if dim.upper is None else dim.upper})"
+    if dim.refusal is not None:
+        return f"{sizes}: not padded, one graph per size: {dim.refusal}"
+    needs = "what they hold matters" if dim.needs_fill else "they may hold anything"
+    return f"{sizes}: padded rows never reach real rows ({needs})"
+
+
+def _bucket_sizes(replayer: Replayer) -> str:
+    names = [str(s.size) for s in replayer.region.sizes]
+    captured = sorted(sizes for sizes, bucket in replayer.buckets.items() if bucket.graphs)
+    if not names:
+        return "one, for its fixed sizes"
+    return ", ".join("×".join(map(str, sizes)) for sizes in captured) + f" ({'×'.join(names)})"
+
+
+def _graph_count(replayer: Replayer) -> int:
+    return sum(len(bucket.graphs) for bucket in replayer.buckets.values())
+
+
+def _bucket_bytes(replayer: Replayer) -> int:
+    return sum(b.layout.nbytes for b in replayer.buckets.values() if b.layout is not None)
+
+
+def _largest_bytes(replayer: Replayer) -> int:
+    return max((b.layout.nbytes for b in replayer.buckets.values() if b.layout is not None), default=0)
+
+
+def _staging_bytes(replayer: Replayer) -> int:
+    return replayer.staging.nbytes if replayer.staging is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class AliasInfo:
+    """Where in the output pool a tensor lies.
+
+    Attributes:
+        region: name of the region that it is an output of, as in ``explain()``.
+        output: index among the region's outputs.
+        start, end: the tensor's bytes in ``output_pool(device).tensor``, end exclusive.
+        step: PyTorch's step counters when the output was made.
+    """
+
+    region: str
+    output: int
+    start: int
+    end: int
+    step: tuple[int, int]
+
+
+def alias_info_of(backend: Backend, tensor: torch.Tensor) -> AliasInfo | None:
+    """The region and output that ``tensor``, or the tensor it is a view of, is; ``None`` if it is not in the pool."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"alias_info: got a {type(tensor).__name__}; accepted is a torch.Tensor")
+    device = backend.devices().get(tensor.device)
+    if device is None or tensor.layout != torch.strided:
+        return None
+    taken = device.pool.find(tensor.data_ptr())
+    if taken is None or taken.loan is None or not taken.is_lent_to(tensor):
+        return None
+    start = tensor.data_ptr() - device.pool.tensor.data_ptr()
+    inside = start - taken.offset
+    output = next((i for i, first, last in taken.loan.outputs if first <= inside < last), None)
+    if output is None:
+        return None
+    end = start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
+    return AliasInfo(taken.loan.region, output, start, end, taken.loan.step)

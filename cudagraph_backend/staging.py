@@ -1,0 +1,123 @@
+"""Staging: backend-owned input buffers that graphs read, filled with a call's real rows and padded rows.
+
+All buckets of a region share one buffer per staged input; a bucket is a view of its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cudagraph_backend.options import Fill
+from cudagraph_backend.region import TensorInput, Values, evaluate_all
+from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once
+from cudagraph_backend.torch_internals import outside_inference_mode
+
+def shape_at(tensor: TensorInput, values: Values) -> Shape:
+    return evaluate_all(tensor.size, values), evaluate_all(tensor.stride, values)
+
+
+@dataclass(frozen=True, slots=True)
+class StagedCopy:
+    """How one call's argument gets into its buffer, and its padded rows get filled.
+
+    Attributes:
+        index: which argument.
+        real: view of the buffer that the argument is copied to, shaped as ``source`` makes the argument.
+        source: size and stride to view the argument with before copying, so that entries which share an address are
+            copied once; ``None``: as it is.
+        fills: padded rows, and what they are filled with: entries of the buffer (broadcast) or a number.
+    """
+
+    index: int
+    real: torch.Tensor
+    source: Shape | None
+    fills: tuple[tuple[torch.Tensor, torch.Tensor | float], ...]
+
+    def argument(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.source is None else tensor.as_strided(*self.source)
+
+
+def stage(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
+    """Copy the real rows of every staged argument into its buffer, then fill the padded rows."""
+    if not copies:
+        return
+    torch._foreach_copy_([c.real for c in copies], [c.argument(args[c.index]) for c in copies])
+    for copy in copies:
+        for padded, value in copy.fills:
+            if isinstance(value, torch.Tensor):
+                padded.copy_(value)
+            else:
+                padded.fill_(value)
+
+
+class StagingBuffers:
+    """The buffers of one region. Buffers grow by replacement; graphs made before keep the one they read."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def at(self, tensor: TensorInput, bucket: Shape, largest: Shape) -> torch.Tensor:
+        """The buffer of ``tensor``, seen at a bucket's size and stride; room is made for ``largest`` at once."""
+        need = max(extent(*bucket), 1)
+        buffer = self._buffers.get(tensor.index)
+        if buffer is None or buffer.numel() < need:
+            with outside_inference_mode():
+                buffer = torch.zeros(max(need, extent(*largest)), dtype=tensor.dtype, device=self._device)
+            self._buffers[tensor.index] = buffer
+        with outside_inference_mode():
+            return buffer.as_strided(*bucket)
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+def staged_copy(
+    index: int, buffer: torch.Tensor, real: Shape, row_entries: Sequence[int], fill: Fill | float
+) -> StagedCopy:
+    """Plan the copy of an argument with size and stride ``real`` into a bucket's ``buffer``.
+
+    Args:
+        row_entries: per dim, how many consecutive entries make a row (2 for a dim of size ``2*s``).
+        fill: what padded rows hold: the last real row, zeros, or a number.
+    """
+    size, stride = real
+    once = reaching_once(size, stride)
+    source = None if once == real else once
+    if overlaps_itself(size, stride):
+        return StagedCopy(index, buffer.as_strided(*once), source, ())
+    fills = tuple(_fills(buffer, once[0], row_entries, fill))
+    return StagedCopy(index, _narrowed(buffer, once[0]), source, fills)
+
+
+def _fills(
+    buffer: torch.Tensor, once: Sequence[int], row_entries: Sequence[int], fill: Fill | float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | float]]:
+    """Fill dim by dim; a dim that is filled counts as real for the next one. Expanded dims repeat by themselves."""
+    done = list(once)
+    for dim, length in enumerate(once):
+        padded = buffer.size(dim) - length
+        if padded == 0 or buffer.stride(dim) == 0:
+            continue
+        view = _narrowed(buffer, [n if d != dim else buffer.size(dim) for d, n in enumerate(done)])
+        rest = view.narrow(dim, length, padded)
+        if fill == "replica":
+            entries = row_entries[dim]
+            last = view.narrow(dim, length - entries, entries).unsqueeze(dim)
+            yield rest.unflatten(dim, (padded // entries, entries)), last
+        else:
+            yield rest, 0.0 if fill == "zero" else fill
+        done[dim] = buffer.size(dim)
+
+
+def _narrowed(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    for dim, length in enumerate(size):
+        tensor = tensor.narrow(dim, 0, length)
+    return tensor

@@ -1,0 +1,34 @@
+"""Arithmetic of sizes and strides (both in elements): what memory a tensor reaches, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Shape = tuple[tuple[int, ...], tuple[int, ...]]
+"""Size and stride of a tensor."""
+
+
+def extent(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to one past the last address that a tensor reaches."""
+    if 0 in size:
+        return 0
+    return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+
+
+def overlaps_itself(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two indices may reach one address, other than by a stride of 0."""
+    reach = 0
+    for length, step in sorted(zip(size, stride, strict=True), key=lambda pair: pair[1]):
+        if length <= 1 or step == 0:
+            continue
+        if step <= reach:
+            return True
+        reach += (length - 1) * step
+    return False
+
+
+def reaching_once(size: Sequence[int], stride: Sequence[int]) -> Shape:
+    """A shape that reaches the same addresses, each once (or a gap between them), so that it can be copied to."""
+    if overlaps_itself(size, stride):
+        return (extent(size, stride),), (1,)
+    return tuple(1 if step == 0 else length for length, step in zip(size, stride, strict=True)), tuple(stride)

