@@ -53,8 +53,11 @@ class Backend:
         return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(frame.options.inductor))
 
     def regions(self) -> list[Replayer]:
-        """The regions that are alive, in the order in which they were compiled."""
+        """The regions that were compiled or called since the last reset, in the order of compilation."""
         return sorted(self._replayers, key=lambda replayer: replayer.region.number)
+
+    def register(self, replayer: Replayer) -> None:
+        self._replayers.add(replayer)
 
     def next_number(self) -> int:
         return next(self._numbers)
@@ -68,15 +71,11 @@ class Backend:
             self._devices[device] = make_device(device)
         return self._devices[device]
 
-    def add(self, region: Region, compiled: Any, options: Options, place: Any) -> Replayer:
-        replayer = Replayer(region, compiled, options, place, lambda: self.device(region.device))
-        self._replayers.add(replayer)
-        return replayer
-
     def reset(self) -> None:
         """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
         for replayer in self.regions():
             replayer.reset()
+        self._replayers.clear()
         self._devices.clear()
 
 
@@ -105,7 +104,10 @@ class _FrameCompile:
         if self.options.strict:
             _raise_refusals(region)
         place = (kind, frame) if frame is not None else (kind, region.name)
-        return self.backend.add(region, compiled, self.options, place)
+        backend = self.backend
+        return torch_internals.boxed(
+            Replayer(region, compiled, self.options, place, backend.register, backend.device)
+        )
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

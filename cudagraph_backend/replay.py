@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -79,23 +79,30 @@ class Counters:
 
 
 class Replayer:
-    """What AOTAutograd calls in place of the compiled region; takes one list of arguments and empties it."""
+    """Calls a region: with one list of arguments, which it empties."""
 
-    _boxed_call = True
-
-    def __init__(self, region: Region, compiled: Compiled, options: Options, place: Any, device: Callable[[], Device]):
+    def __init__(
+        self,
+        region: Region,
+        compiled: Compiled,
+        options: Options,
+        place: Hashable,
+        register: Callable[[Replayer], None],
+        device: Callable[[torch.device], Device],
+    ):
         self.region = region
         self.options = options
         self.counters = Counters()
         self._compiled = compiled
         self._place_key = place
+        self._register = register
         self._find_device = device
         self._refusal = region.refusal
         self._static = [i.index for i in region.inputs if i.role == "static"]
         self._staged = [i for i in region.inputs if i.role == "staged"]
         self._mutated = [i.index for i in self._staged if i.mutated]
-        self._device: Device | None = None
         self.reset()
+        self._make_known()
 
     def reset(self) -> None:
         """Forget graphs, buffers and place; the next call starts anew."""
@@ -104,8 +111,9 @@ class Replayer:
         self.staging: StagingBuffers | None = None
         self.counters = Counters()
         self._place: Place | None = None
-        self._device = None
+        self._device: Device | None = None
         self._run: Compiled = self._compiled
+        self._is_registered = False
 
     # -------------------------------------------------------------------------------------------- the hot path
 
@@ -165,16 +173,24 @@ class Replayer:
     def _run_compiled(self, args: list[Any], refusal: Refusal) -> Sequence[Any]:
         if self.options.strict:
             raise RefusalError(f"{self.region.name}: {refusal}")
+        self._make_known()
         if refusal.reason not in self.counters.fallbacks:
             log.warning("%s runs uncaptured: %s", self.region.name, refusal)
         self.counters.fallbacks[refusal.reason] += 1
         return self._compiled(args)
 
+    def _make_known(self) -> None:
+        """After a reset only regions that are called again are reported."""
+        if not self._is_registered:
+            self._register(self)
+            self._is_registered = True
+
     # -------------------------------------------------------------------------------------------- dispatch
 
     def _settle(self) -> Device:
         """Find the device's driver, pool and this region's place; done at the first call, and after a reset."""
-        self._device = self._find_device()
+        self._make_known()
+        self._device = self._find_device(self.region.device)
         self._place = self._device.place(self._place_key)
         self.staging = StagingBuffers(self.region.device)
         self._run = self._device.driver.prepare(self._compiled)

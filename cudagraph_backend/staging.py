@@ -64,6 +64,9 @@ class StagingBuffers:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
+    def buffers(self) -> list[torch.Tensor]:
+        return list(self._buffers.values())
+
     def at(self, tensor: TensorInput, bucket: Shape, largest: Shape) -> torch.Tensor:
         """The buffer of ``tensor``, seen at a bucket's size and stride; room is made for ``largest`` at once."""
         need = max(extent(*bucket), 1)
@@ -74,9 +77,6 @@ class StagingBuffers:
             self._buffers[tensor.index] = buffer
         with outside_inference_mode():
             return buffer.as_strided(*bucket)
-
-    def clear(self) -> None:
-        self._buffers.clear()
 
 
 def staged_copy(

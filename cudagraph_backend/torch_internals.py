@@ -45,6 +45,16 @@ def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kw
     return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
+def boxed(call: Compiled) -> Compiled:
+    """``call`` as a function that AOTAutograd knows to take one list of arguments and to empty it."""
+
+    def boxed_call(args: list[Any]) -> Sequence[Any]:
+        return call(args)
+
+    boxed_call._boxed_call = True  # type: ignore[attr-defined]
+    return boxed_call
+
+
 def output_strides(compiled: Any) -> Sequence[tuple[str, ...] | None] | None:
     """Per output, its strides as expressions in text (``None`` for what is not a tensor), as Inductor laid them out."""
     return compiled.output_strides if isinstance(compiled, CompiledFxGraph) else None
@@ -131,9 +141,9 @@ class Shapes:
         return expr(value)
 
 
-def expr(value: torch.SymInt | int) -> sympy.Expr:
-    """A size as a sympy expression over the region's symbols."""
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+def expr(value: torch.SymInt | torch.SymFloat | torch.SymBool | int) -> sympy.Expr:
+    """A size, or what is computed from sizes, as a sympy expression over the region's symbols."""
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.Integer(value)
 
 
 def is_backed(expression: sympy.Expr) -> bool:

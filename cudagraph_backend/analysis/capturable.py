@@ -13,7 +13,6 @@ from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import expr, is_backed
 
-_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _CAPTURABLE_DEVICES = ("cuda", "cpu")
 
 
@@ -73,19 +72,19 @@ def _refused_op(node: Node) -> Refusal | None:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _refuse(node, "a higher-order operator may branch on data")
     tags = getattr(node.target, "tags", ())
-    if any(tag in tags for tag in _DATA_DEPENDENT) or _reads_unbacked_size(node):
+    # The tag dynamic_output_shape says too little: aten.index has it, and gives such a shape for boolean masks only.
+    if torch.Tag.data_dependent_output in tags or _has_unbacked_size(node):
         return _refuse(node, "a size or value depends on data")
     if any(tag.name == "cudagraph_unsafe" for tag in tags):
         return _refuse(node, "the operator is tagged unsafe for CUDA graphs")
     return None
 
 
-def _reads_unbacked_size(node: Node) -> bool:
+def _has_unbacked_size(node: Node) -> bool:
     for value in pytree.tree_leaves(node.meta.get("val")):
         sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-        if any(isinstance(size, torch.SymInt) and not is_backed(expr(size)) for size in sizes):
-            return True
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+        if any(isinstance(size, symbolic) and not is_backed(expr(size)) for size in sizes):
             return True
     return False
 

@@ -48,7 +48,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{_cpu_name()}, {_counted(threads, 'thread')}"
 
 
 def _cpu_name() -> str:
@@ -141,12 +141,16 @@ def sharedgraph_lines(result: DemoResult) -> list[str]:
     pooled, apart = stats["output_pool_bytes"], stats["sum_of_buckets_bytes"]
     fallbacks = ", ".join(f"{count} × {reason}" for reason, count in stats["fallbacks"].items())
     rows = [
-        ("graphs", f"{stats['graphs']} in {stats['regions']} regions, {stats['replays']} replays"),
+        ("graphs", f"{stats['graphs']} in {_counted(stats['regions'], 'region')}, {stats['replays']} replays"),
         ("output memory", f"{format_bytes(pooled)} pooled{_instead_of(pooled, apart)}"),
         ("padded rows", f"{padded_share(stats):.1%} of the {result.unit} that ran"),
         ("fallbacks", fallbacks or "none"),
     ]
     return [f"{label:<15}{text}" for label, text in rows]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _instead_of(pooled: int, apart: int) -> str:

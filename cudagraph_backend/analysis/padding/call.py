@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .lattice import Fact, Operand, RefusePadding, Results, Rows, common
-from .symbolic import ROWS, Sizes, row_dim
+from .lattice import Fact, Operand, RefusePadding, Results, Rows, blocks_of, common
+from .symbolic import ROWS, Sizes, row_dim, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +46,15 @@ class Call:
 
         Without ``operands``, all operands of the call are meant.
         """
-        return self._rows(self.node.meta["val"], facts & common(*(operands or self.operands)))
+        return self._rows(self.node.meta["val"], facts, operands or self.operands)
 
     def each(self, facts: Fact, *operands: Operand | None) -> tuple[Rows | RefusePadding | None, ...]:
         """As :meth:`keep`, for an operator with several results; a result without a row dim is free of rows."""
-        facts &= common(*(operands or self.operands))
         results: list[Rows | RefusePadding | None] = []
         for val in self.node.meta["val"]:
             try:
                 is_rows = isinstance(val, torch.Tensor) and row_dim(self.sizes.shape(val)) is not None
-                results.append(self._rows(val, facts) if is_rows else None)
+                results.append(self._rows(val, facts, operands or self.operands) if is_rows else None)
             except RefusePadding as refusal:
                 results.append(refusal)
         return tuple(results)
@@ -64,11 +63,16 @@ class Call:
         """The shape of the call's one result."""
         return self.sizes.shape(self.node.meta["val"])
 
-    def _rows(self, val: object, facts: Fact) -> Rows:
-        found = row_dim(self.sizes.shape(val)) if isinstance(val, torch.Tensor) else None
+    def _rows(self, val: torch.Tensor, facts: Fact, operands: Sequence[Operand | None]) -> Rows:
+        found = row_dim(self.sizes.shape(val))
         if found is None:
             raise RefusePadding("the result of an operation on rows has no row dim")
-        return Rows(*found, facts)
+        (dim, count), blocks = found, blocks_of(*operands)
+        per = count if blocks is None else whole(count, blocks, "rows in different places meet")
+        facts &= common(*operands)
+        if is_exact(val.dtype) and any(operand.rows and not is_exact(operand.dtype) for operand in self.operands):
+            facts &= ~Fact.REPLICA  # equal up to rounding before, another number after
+        return Rows(dim, per, facts, blocks)
 
 
 def leaves(argument: Any) -> Iterator[Any]:
@@ -112,6 +116,11 @@ def rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[Rule], Rule]
         return function
 
     return register
+
+
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether numbers of ``dtype`` are never rounded: integers and booleans."""
+    return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def depends_on_size(argument: Any) -> bool:

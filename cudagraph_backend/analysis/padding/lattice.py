@@ -1,7 +1,8 @@
 """What the pass knows of one value: free of rows, or rows along a dim whose padded part holds something.
 
 A value is *free of rows* (``FREE``) if it is the same at the exact size ``n`` and at the bucket ``b``. It has *rows*
-(:class:`Rows`) if the first ``per * n`` entries of dim ``dim`` are the same at both sizes, and padded rows follow. A
+(:class:`Rows`) if its dim ``dim`` consists of blocks, in each of which the first ``per * n`` entries are the same at
+both sizes, and padded rows follow. Mostly that is one block; ``reshape`` of ``[4, n]`` to ``[4 * n]`` makes four. A
 value that is neither (*mixed*: real and padded rows met) is never built: its rule raises :class:`RefusePadding`.
 """
 
@@ -33,7 +34,8 @@ class Fact(enum.Flag):
 
     NOTHING = 0
     REPLICA = enum.auto()
-    """Each padded row equals the last real row (up to rounding: it may be computed in another tile)."""
+    """Each padded row equals the last real row of its block: floats up to rounding (it may be computed in another
+    tile), integers and booleans exactly."""
     ZERO = enum.auto()
     """Each padded entry is zero."""
     OWN_INDEX = enum.auto()
@@ -43,11 +45,30 @@ class Fact(enum.Flag):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows along dim ``dim``, ``per`` consecutive entries each; the padded ones hold ``holds``."""
+    """Rows along a dim.
+
+    Attributes:
+        dim: the dim, of size ``blocks * per * n``.
+        per: consecutive entries of one row.
+        holds: what the padded rows hold.
+        blocks: how many times real rows and then padded rows follow each other along the dim; None if all entries
+            along it are equal, so that any division into rows is right.
+    """
 
     dim: int
     per: sympy.Expr
     holds: Fact = Fact.NOTHING
+    blocks: sympy.Expr | None = sympy.S.One
+
+    @property
+    def together(self) -> bool:
+        """Whether all real rows come before all padded rows."""
+        return self.blocks is None or self.blocks == 1
+
+    @property
+    def count(self) -> sympy.Expr:
+        """Entries along the dim per padded row: its size is ``count * n``."""
+        return sympy.expand(self.per * (1 if self.blocks is None else self.blocks))
 
 
 #: A value without rows: the same at every padded size.
@@ -57,7 +78,7 @@ Value: TypeAlias = "Rows | None"
 
 #: What a rule returns: a value, or for an operator with several results one each. A ``RefusePadding`` in their place
 #: stands for a result that is mixed: the refusal comes about only if that result is used.
-Results: TypeAlias = "Rows | RefusePadding | None | tuple[Rows | RefusePadding | None, ...]"
+Results: TypeAlias = "Rows | RefusePadding | tuple[Rows | RefusePadding | None, ...] | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,19 @@ class Operand:
     def dim(self, dim: int) -> int:
         """``dim`` counted from the front."""
         return dim % len(self.shape) if self.shape else 0
+
+
+def in_order(rows: Rows) -> Rows:
+    """``rows`` in one block: for operators whose results differ from row to row even where the operands' don't."""
+    return Rows(rows.dim, rows.count, rows.holds) if rows.blocks is None else rows
+
+
+def blocks_of(*operands: Operand | None) -> sympy.Expr | None:
+    """The blocks that all ``operands`` with rows are divided into."""
+    blocks = {o.rows.blocks for o in operands if o is not None and o.rows is not None} - {None}
+    if len(blocks) > 1:
+        raise RefusePadding("rows in different places meet")
+    return blocks.pop() if blocks else None
 
 
 def common(*operands: Operand | None) -> Fact:

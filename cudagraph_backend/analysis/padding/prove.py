@@ -19,6 +19,7 @@ from .lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, Value
 from .symbolic import ROWS, Sizes, row_dim, shape_text
 
 _FILLS = {"replica": Fact.REPLICA, "zero": Fact.ZERO}
+_Overload = type(torch.ops.aten.add.Tensor)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _POINTWISE = RegisteredRule(rules.pointwise, frozenset())
 
@@ -54,7 +55,7 @@ def prove(graph: Graph, symbols: frozenset[sympy.Symbol], fill: Literal["replica
         try:
             outputs = walk.run(graph)
         except RefusePadding as refused:
-            refusal, link = walk.blame(refused), refused.link - symbols
+            refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS}
         else:
             return Verdict(symbols, None, holds is not Fact.NOTHING, frozenset(), outputs)
     return Verdict(symbols, refusal, False, link, ())
@@ -89,7 +90,12 @@ class _Walk:
         return Refusal(refused.reason, str(node.target), source_line(node))
 
     def _output(self, item: object) -> Value:
-        return self._operand(item).rows if isinstance(item, Node) and _is_tensor(item) else FREE
+        if not isinstance(item, Node) or not _is_tensor(item):
+            return FREE  # a size: computed from the exact sizes, whatever the graph computes at the bucket
+        self.node, rows = item, self._operand(item).rows
+        if rows is not FREE and not rows.together:
+            raise RefusePadding("padded rows come between the real rows of an output")
+        return rows
 
     def _value(self, node: Node) -> Results:
         if node.op == "placeholder":
@@ -100,7 +106,7 @@ class _Walk:
             raise RefusePadding(f"a node of kind {node.op}")
         if node.target is operator.getitem:
             return self._item(node)
-        if isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(node.target, _Overload):
             return self._checked(node, self._call(node, node.target))
         if isinstance(node.meta.get("val"), (*_SYMBOLIC, int, float, bool)):
             return FREE  # arithmetic on sizes; what depends on the padded size is seen where it is used
@@ -123,7 +129,7 @@ class _Walk:
             raise item
         return self._checked(node, item)
 
-    def _call(self, node: Node, target: torch._ops.OpOverload) -> Results:
+    def _call(self, node: Node, target: Any) -> Results:
         schema = target._schema
         if target is torch.ops.aten.copy_.default:
             return self._write(node)
@@ -134,17 +140,13 @@ class _Walk:
         if schema.name.startswith("aten::sym_"):
             return FREE
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
-        arguments.update(zip(arguments, map(self._argument, node.args)))
+        arguments.update(zip(arguments, map(self._argument, node.args), strict=False))
         arguments.update({name: self._argument(argument) for name, argument in node.kwargs.items()})
         reaching = [name for name, argument in arguments.items() if depends_on_size(argument)]
         call = Call(node, arguments, self.sizes)
         if not reaching and not any(operand.rows for operand in call.operands):
             return FREE
-        if torch.Tag.nondeterministic_seeded in target.tags:
-            raise RefusePadding("draws random numbers for the rows")
-        found = RULES.get(target.name()) or (_POINTWISE if torch.Tag.pointwise in target.tags else None)
-        if found is None:
-            raise RefusePadding("no padding rule for this operator")
+        found = _rule_for(target)
         for name in reaching:
             if name not in found.sizes:
                 raise RefusePadding(f"the padded size reaches values through argument {name!r}")
@@ -159,9 +161,9 @@ class _Walk:
             return target.rows and Rows(target.rows.dim, target.rows.per)
         if target.rows is FREE:
             raise RefusePadding("padded rows would be written into an input free of rows")
-        from_end = source.rows.dim - len(source.shape), source.rows.per
-        if from_end != (target.rows.dim - len(target.shape), target.rows.per):
-            raise RefusePadding("rows along another dim are written into an input's rows")
+        from_end = source.rows.dim - len(source.shape), source.rows.count, source.rows.together
+        if from_end != (target.rows.dim - len(target.shape), target.rows.count, True):
+            raise RefusePadding("rows from other places are written into an input's rows")
         return Rows(target.rows.dim, target.rows.per)
 
     def _argument(self, argument: object) -> object:
@@ -200,10 +202,20 @@ class _Walk:
                 raise RefusePadding("a number computed from tensors changes with the padded size")
             return FREE
         found, shape = row_dim(self.sizes.shape(val)), self.sizes.shape(val)
-        claimed = (value.dim, value.per) if isinstance(value, Rows) else None
+        claimed = (value.dim, value.count) if isinstance(value, Rows) else None
         if found != claimed:
             raise RefusePadding(f"the result's shape changes with the padded size: {shape_text(shape)}")
         return value
+
+
+def _rule_for(target: Any) -> RegisteredRule:
+    if target.name() in RULES:
+        return RULES[target.name()]
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        raise RefusePadding("draws random numbers for the rows")
+    if torch.Tag.pointwise in target.tags:
+        return _POINTWISE
+    raise RefusePadding("no padding rule for this operator")
 
 
 def _is_tensor(node: Node) -> bool:

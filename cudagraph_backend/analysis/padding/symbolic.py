@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import sympy
 import torch
@@ -24,7 +25,7 @@ class Sizes:
     """Rewrites sizes so that all symbols padded together are the one symbol ``ROWS``."""
 
     def __init__(self, symbols: Iterable[sympy.Symbol]) -> None:
-        self._symbols = {symbol: ROWS for symbol in symbols}
+        self._symbols = dict.fromkeys(symbols, ROWS)
         self._seen: dict[sympy.Basic, sympy.Basic] = {}
 
     def expr(self, number: object) -> sympy.Basic:
@@ -41,16 +42,26 @@ class Sizes:
 
 
 def row_dim(shape: Sequence[sympy.Expr]) -> tuple[int, sympy.Expr] | None:
-    """Which dim of ``shape`` carries the rows, and how many entries each row has there; None without rows."""
+    """Which dim of ``shape`` carries the rows, and how many entries it has per row; None without rows."""
     dims = [dim for dim, size in enumerate(shape) if size.has(ROWS)]
     if not dims:
         return None
     if len(dims) > 1:
         raise RefusePadding(f"two dims carry the rows: {shape_text(shape)}")
-    per = sympy.expand(shape[dims[0]] / ROWS)
-    if per.has(ROWS) or not per.is_integer:
-        raise RefusePadding(f"a size is not a whole number of entries per row: {shape_text(shape)}")
-    return dims[0], per
+    return dims[0], whole(shape[dims[0]], ROWS, f"a size is not a multiple of the rows: {shape_text(shape)}")
+
+
+def whole(size: sympy.Expr, by: sympy.Expr, otherwise: str) -> sympy.Expr:
+    """``size / by``, refused for the reason ``otherwise`` unless that is a whole number at every size."""
+    quotient = _quotient(size, by)
+    if quotient.has(ROWS) or not quotient.is_integer:
+        raise RefusePadding(otherwise)
+    return quotient
+
+
+@lru_cache(maxsize=4096)
+def _quotient(size: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
+    return sympy.expand(sympy.cancel(size / by))
 
 
 def shape_text(shape: Sequence[sympy.Expr]) -> str:

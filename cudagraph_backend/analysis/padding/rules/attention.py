@@ -32,6 +32,8 @@ def attention(call: Call) -> Results:
 
 def _causal(call: Call, key: Operand, value: Operand) -> Results:
     """A query sees no later key. Kernels multiply later values by zero, so they must not be NaN or infinite."""
+    if not key.rows.together:
+        raise RefusePadding("padded keys come before real queries")
     if not (key.holds(Fact.REPLICA) and value.holds(Fact.REPLICA)):
         raise RefusePadding("zero weights meet padded rows that may not be finite")
     return call.each(Fact.NOTHING)

@@ -9,7 +9,8 @@ from ..lattice import FREE, Fact, RefusePadding, Results
 @rule("aten::convolution", "aten::_convolution")
 def convolution(call: Call) -> Results:
     """Rows along the batch."""
-    if call.only("input").row_dim != 0:
+    image = call.only("input")
+    if image.row_dim != 0 or len(image.shape) != len(call["weight"].shape):
         raise RefusePadding("convolves over the padded rows")
     return call.keep(Fact.REPLICA)
 
@@ -22,7 +23,7 @@ def convolution_backward(call: Call) -> Results:
         raise RefusePadding("convolves over the padded rows")
     summed = RefusePadding("sums over the padded rows")
     zero_grad, zero_image = grad.holds(Fact.ZERO), image.holds(Fact.ZERO)
-    grad_image = call.keep_first(Fact.REPLICA) if call["output_mask"][0] else FREE
+    grad_image, *_ = call.each(Fact.REPLICA)
     return (grad_image, FREE if zero_grad and zero_image else summed, FREE if zero_grad else summed)
 
 
@@ -31,8 +32,8 @@ def _over_last(count: int, *operators: str) -> None:
 
     @rule(*operators)
     def over_last_dims(call: Call) -> Results:
-        places = {(o.row_dim - len(o.shape), o.rows.per) for o in call.operands if o.rows}
-        if len(places) != 1 or max(places)[0] >= -count or not all(o.rows for o in call.operands):
+        places = {o.row_dim - len(o.shape) for o in call.operands if o.rows}
+        if len(places) != 1 or max(places) >= -count or not all(o.rows for o in call.operands):
             raise RefusePadding("works over the padded rows")
         several = isinstance(call.node.meta["val"], (list, tuple))
         return call.each(Fact.REPLICA) if several else call.keep(Fact.REPLICA)

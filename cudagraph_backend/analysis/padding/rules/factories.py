@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from ..call import Call, rule
-from ..lattice import Fact, Results
+from ..lattice import Fact, RefusePadding, Results, Rows, in_order
 
 _CONSTANTS = {"aten::zeros": 0, "aten::zeros_like": 0, "aten::new_zeros": 0}
 
@@ -44,23 +48,31 @@ def garbage(call: Call) -> Results:
 @rule("prims::iota", sizes=("length",))
 def iota(call: Call) -> Results:
     """Counts the rows: a row's own number if it counts by one from zero."""
-    made = _made(call, Fact.NOTHING)
-    counts = (call["start"], call["step"], made.per) == (0, 1, 1)
-    return type(made)(made.dim, made.per, Fact.OWN_INDEX if counts else Fact.NOTHING)
+    return _counted(call)
 
 
 @rule("aten::arange", "aten::arange.start", "aten::arange.start_step", sizes=("end",))
 def arange(call: Call) -> Results:
     """As :func:`iota`."""
+    return _counted(call)
+
+
+@rule("aten::eye", "aten::eye.m", "aten::linspace", "aten::logspace", "aten::scalar_tensor")
+def from_sizes(call: Call) -> Results:
+    """Their values come from their sizes: the padded size is refused in every argument."""
+    raise RefusePadding("the padded size reaches values")
+
+
+def _counted(call: Call) -> Results:
     made = _made(call, Fact.NOTHING)
-    step = 1 if call["step"] is None else call["step"]
-    counts = (call["start"] or 0, step, made.per) == (0, 1, 1) and not call.node.meta["val"].dtype.is_floating_point
-    return type(made)(made.dim, made.per, Fact.OWN_INDEX if counts else Fact.NOTHING)
+    start, step = call["start"] or 0, 1 if call["step"] is None else call["step"]
+    counts = (start, step, made.per) == (0, 1, 1) and call.node.meta["val"].dtype in (torch.int32, torch.int64)
+    return in_order(replace(made, holds=Fact.OWN_INDEX if counts else Fact.NOTHING))
 
 
-def _made(call: Call, facts: Fact):
-    made = call.keep(Fact.ALL)
-    return type(made)(made.dim, made.per, facts)
+def _made(call: Call, facts: Fact) -> Rows:
+    rows = call.keep(Fact.NOTHING)
+    return Rows(rows.dim, rows.count, facts, blocks=None)
 
 
 def _is_zero(value: object) -> bool:

@@ -22,14 +22,13 @@ def embedding(call: Call) -> Results:
 @rule("aten::index.Tensor", "aten::_unsafe_index.Tensor")
 def index(call: Call) -> Results:
     """Each row reads from a tensor free of rows, or from its own row, or the rows aren't indexed at all."""
-    return call.keep(Fact.REPLICA | Fact.ZERO, *_reads(call["self"], _by_dim(call["indices"])))
+    return _read(call, _by_dim(call["indices"]))
 
 
 @rule("aten::index_select")
 def index_select(call: Call) -> Results:
     """As :func:`index`, along one dim."""
-    operand = call["self"]
-    return call.keep(Fact.REPLICA | Fact.ZERO, *_reads(operand, {operand.dim(call["dim"]): call["index"]}))
+    return _read(call, {call["self"].dim(call["dim"]): call["index"]})
 
 
 @rule("aten::gather")
@@ -42,6 +41,8 @@ def gather(call: Call) -> Results:
         e = index.rows.dim
         if e == dim:
             return call.keep(Fact.REPLICA, index)
+        if not index.rows.together:
+            raise RefusePadding("rows in different places meet")
         if not operand.shape[e].is_Integer:  # guards on fixed sizes are checked per bucket, others say too little
             raise RefusePadding("takes rows out of another dynamic dim", operand.shape[e].free_symbols)
         return call.keep(Fact.NOTHING)
@@ -88,7 +89,7 @@ def index_along(call: Call) -> Results:
 @rule("aten::slice_scatter", "aten::select_scatter")
 def write_slice(call: Call) -> Results:
     """Writes a fixed part of another dim."""
-    operand, source = call["self"], call["src"]
+    operand = call["self"]
     if operand.rows is FREE or operand.dim(call["dim"]) == operand.row_dim:
         raise RefusePadding("writes rows into a part of a tensor")
     return call.keep(Fact.REPLICA | Fact.ZERO)
@@ -103,6 +104,12 @@ def bucketize(call: Call) -> Results:
 
 def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:
     return {dim: index for dim, index in enumerate(indices) if index is not None}
+
+
+def _read(call: Call, indices: Mapping[int, Operand]) -> Results:
+    operand: Operand = call["self"]
+    facts = Fact.REPLICA if operand.rows is FREE else Fact.REPLICA | Fact.ZERO
+    return call.keep(facts, *_reads(operand, indices))
 
 
 def _reads(operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
@@ -141,7 +148,8 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
 
 def _is_own(index: Operand, operand: Operand) -> None:
     """Rows may be picked by number only if each row picks itself."""
-    if index.rows is FREE or not index.holds(Fact.OWN_INDEX) or operand.rows.per != 1:
+    own = index.rows is not FREE and index.rows.together and index.holds(Fact.OWN_INDEX)
+    if not own or not operand.rows.together or operand.rows.per != 1:
         raise RefusePadding("picks rows by numbers", _symbols(index.shape))
 
 
@@ -156,8 +164,10 @@ def _stays_inside(index: Operand, size: sympy.Expr) -> None:
 
 def _same_rows(operand: Operand, other: Operand) -> None:
     if operand.rows is FREE or other.rows is FREE:
-        raise RefusePadding("rows meet a dim of another size", _symbols(operand.shape) | _symbols(other.shape))
-    if (operand.rows.dim, operand.rows.per) != (other.rows.dim, other.rows.per):
+        dim = (operand.rows or other.rows).dim
+        link = operand.shape[dim].free_symbols | other.shape[dim].free_symbols
+        raise RefusePadding("rows meet a dim of another size", link)
+    if operand.rows.dim != other.rows.dim or operand.rows.count != other.rows.count:
         raise RefusePadding("rows along different dims meet")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 
 from ..call import Call, depends_on_size, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows
-from ..symbolic import product, row_dim, shape_text
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order
+from ..symbolic import ROWS, product, row_dim, shape_text, whole
 
 
 @rule(
@@ -32,17 +34,21 @@ def same_entries(call: Call) -> Results:
 
 @rule("aten::view", "aten::reshape", "aten::_unsafe_view", sizes=("size", "shape"))
 def reshape(call: Call) -> Results:
-    """Rows stay whole if the contiguous chunk of entries that makes up a row has the same length before and after."""
+    """In memory, rows are blocks of ``n`` chunks of entries; a reshape must keep blocks and chunks whole."""
     operand, shape = call.only("self"), call.result_shape()
-    after = row_dim(shape)
-    if operand.rows is FREE or after is None or _chunk(operand.shape) != _chunk(shape):
-        raise RefusePadding(f"a reshape of {shape_text(operand.shape)} to {shape_text(shape)} mixes the rows")
-    return call.keep(Fact.ALL)
-
-
-def _chunk(shape: tuple[sympy.Expr, ...]) -> sympy.Expr | None:
-    found = row_dim(shape)
-    return found and product((found[1], *shape[found[0] + 1 :]))
+    mixes = f"a reshape of {shape_text(operand.shape)} to {shape_text(shape)} mixes the rows"
+    after, rows = row_dim(shape), operand.rows
+    if rows is FREE or after is None:
+        raise RefusePadding(mixes)
+    blocks = product((*operand.shape[: rows.dim], rows.count / rows.per))
+    chunk = product((rows.per, *operand.shape[rows.dim + 1 :]))
+    dim = after[0]
+    return Rows(
+        dim,
+        per=whole(chunk, product(shape[dim + 1 :]), mixes),
+        holds=rows.holds,
+        blocks=whole(blocks, product(shape[:dim]), mixes),
+    )
 
 
 @rule("aten::view.dtype")
@@ -58,7 +64,9 @@ def bitcast(call: Call) -> Results:
 def expand(call: Call) -> Results:
     """Rows made by expanding a value free of rows are all the same."""
     operand = call.only("self")
-    return call.keep(Fact.REPLICA if operand.rows is FREE else Fact.ALL)
+    if operand.rows is FREE:
+        return replace(call.keep(Fact.REPLICA), blocks=None)
+    return call.keep(Fact.ALL)
 
 
 @rule("aten::repeat", sizes=("repeats",))
@@ -66,34 +74,41 @@ def repeat(call: Call) -> Results:
     """A value free of rows may be repeated once per row; rows may be repeated along other dims."""
     operand, repeats = call.only("self"), call["repeats"]
     if operand.rows is FREE:
-        return call.keep(Fact.REPLICA)
+        return in_order(call.keep(Fact.REPLICA))
     if depends_on_size(repeats) or repeats[operand.rows.dim - len(operand.shape)] != 1:
         raise RefusePadding("repeats the rows")
     return call.keep(Fact.ALL)
 
 
-@rule("aten::slice.Tensor", sizes=("end",))
+@rule("aten::slice.Tensor", sizes=("start", "end"))
 def cut(call: Call) -> Results:
-    """Of rows: all of them, or a fixed number from the front. Of a value free of rows: its first entries as rows."""
+    """Of rows: whole blocks, or a fixed number from the front. Of a value free of rows: its first entries as rows."""
     operand = call["self"]
-    dim, start, end, step = operand.dim(call["dim"]), call["start"] or 0, call["end"], call["step"]
+    dim, start, step = operand.dim(call["dim"]), call["start"] or 0, call["step"]
     if operand.rows is FREE:
         return _prefix(call, operand, dim)
     if dim != operand.row_dim:
-        if depends_on_size(end):
-            raise RefusePadding("the padded size reaches values through argument 'end'")
         return call.keep(Fact.ALL)
-    if (start, step) == (0, 1) and call.result_shape() == operand.shape:
-        return call.keep(Fact.ALL)
-    if not row_dim(call.result_shape()) and _is_count(start) and _is_count(end):
+    rows, left = operand.rows, row_dim(call.result_shape())
+    if left is None and rows.together and _is_count(start) and _is_count(call["end"]):
         return FREE  # the shape is fixed, so the guards say that there are at least ``end`` real entries
-    raise RefusePadding("cuts the rows at a place that is not fixed")
+    if left is None or step != 1:
+        raise RefusePadding("cuts the rows at a place that is not fixed")
+    return _blocks(rows, start, left[1])
 
 
 def _prefix(call: Call, operand: Operand, dim: int) -> Rows:
+    if depends_on_size(call["start"]):
+        raise RefusePadding("rows start at a place that depends on the padded size")
     if not operand.shape[dim].is_Integer:  # guards on fixed sizes are checked per bucket, others say too little
         raise RefusePadding("takes rows out of another dynamic dim", operand.shape[dim].free_symbols)
-    return call.keep(Fact.NOTHING)
+    return in_order(call.keep(Fact.NOTHING))
+
+
+def _blocks(rows: Rows, start: sympy.Expr | int, count: sympy.Expr) -> Rows:
+    """Of ``rows``, whole blocks only: those from entry ``start``, with ``count`` entries per row."""
+    whole(sympy.sympify(start), rows.per * ROWS, "cuts the rows at a place that is not fixed")
+    return replace(rows, blocks=whole(count, rows.per, "cuts the rows at a place that is not fixed"))
 
 
 def _is_count(number: object) -> bool:
@@ -106,7 +121,7 @@ def select(call: Call) -> Results:
     operand = call["self"]
     if operand.dim(call["dim"]) != operand.row_dim:
         return call.keep(Fact.ALL)
-    if _is_count(call["index"]):
+    if operand.rows.together and _is_count(call["index"]):
         return FREE
     raise RefusePadding("selects a row counted from the padded end")
 
@@ -117,31 +132,41 @@ def select(call: Call) -> Results:
     "aten::unbind.int",
     "aten::unsafe_split.Tensor",
     "aten::unsafe_split_with_sizes",
+    sizes=("split_size", "split_sizes"),
 )
 def split(call: Call) -> Results:
-    """Parts along another dim have all the rows."""
+    """Parts along another dim have all the rows; along the rows, a part is whole blocks."""
     operand = call["self"]
-    if operand.dim(call["dim"]) == operand.row_dim:
-        raise RefusePadding("splits the rows")
-    return call.each(Fact.ALL)
+    if operand.dim(call["dim"]) != operand.row_dim:
+        return call.each(Fact.ALL)
+    parts, start = [], sympy.S.Zero
+    for val in call.node.meta["val"]:
+        size = call.sizes.shape(val)[operand.row_dim]
+        parts.append(_blocks(operand.rows, start, whole(size, ROWS, "splits the rows at a fixed place")))
+        start += size
+    return tuple(parts)
 
 
 @rule("aten::cat", "aten::stack")
 def cat(call: Call) -> Results:
-    """Joined along another dim, the rows stay aligned."""
+    """Joined along another dim, the rows stay aligned; joined end to end, they become blocks."""
     operands: list[Operand] = call["tensors"]
-    places = {operand.rows and (operand.rows.dim, operand.rows.per) for operand in operands}
+    if {operand.row_dim for operand in operands} != {operands[0].row_dim}:
+        raise RefusePadding("rows along different dims meet")
     new_dim = str(call.node.target).startswith("aten.stack")
-    along = call["dim"] % (len(operands[0].shape) + new_dim)
-    if len(places) != 1 or (along == operands[0].row_dim and not new_dim):
-        raise RefusePadding("joins rows end to end")
-    return call.keep(Fact.REPLICA | Fact.ZERO)
+    if call["dim"] % (len(operands[0].shape) + new_dim) != operands[0].row_dim or new_dim:
+        return call.keep(Fact.REPLICA | Fact.ZERO)
+    per = {operand.rows.per for operand in operands}
+    if len(per) != 1:
+        raise RefusePadding("joins rows of different length end to end")
+    blocks = sum(operand.rows.count for operand in operands) / operands[0].rows.per
+    return Rows(operands[0].rows.dim, *per, common(*operands) & ~Fact.OWN_INDEX, blocks)
 
 
-@rule("aten::flip", "aten::roll")
+@rule("aten::flip", "aten::roll", "prims::rev")
 def reorder(call: Call) -> Results:
     """Rows may not move to another place."""
-    operand, dims = call["self"], call["dims"]
+    operand, dims = call.operands[0], call["dims"]
     if not dims or operand.row_dim in map(operand.dim, dims):
         raise RefusePadding("moves the rows to other places")
     return call.keep(Fact.ALL)
@@ -171,7 +196,9 @@ def triangle(call: Call) -> Results:
     """Each entry is kept or zeroed by its own place."""
     operand = call["self"]
     inner = operand.row_dim >= len(operand.shape) - 2
-    return call.keep(Fact.ZERO if inner else Fact.ZERO | Fact.REPLICA)
+    if inner and not operand.rows.together:
+        raise RefusePadding("rows are at other places when padded")
+    return in_order(call.keep(Fact.ZERO)) if inner else call.keep(Fact.ZERO | Fact.REPLICA)
 
 
 @rule("aten::as_strided")

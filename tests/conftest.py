@@ -1,0 +1,33 @@
+"""What every test starts from and must leave behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import weakref
+
+# One Inductor cache for all workers of a run: equal regions are compiled once.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sharedgraph_tests_{os.getuid()}"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from cudagraph_backend import sharedgraph
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """After every test, a reset of Dynamo frees all graphs, buffers and pools: nothing refers to their drivers."""
+    torch.manual_seed(0)
+    yield
+    gc.collect()
+    held = [weakref.ref(part) for d in sharedgraph.devices().values() for part in (d, d.driver, d.pool)]
+    held += [weakref.ref(b) for r in sharedgraph.regions() if r.staging for b in r.staging.buffers()]
+    torch._dynamo.reset()
+    gc.collect()
+    assert not sharedgraph.regions()
+    assert not sharedgraph.devices()
+    left = [ref() for ref in held if ref() is not None]
+    assert not left, f"alive after torch._dynamo.reset(): {left}"

@@ -1,0 +1,225 @@
+"""Takes regions from functions and models, and tries to refute a padding verdict by running them.
+
+A verdict says what must hold for execution: run at size ``n``, run again at a bucket ``b`` with padded inputs, and
+every real row must be the same. ``refutation`` does just that; it knows nothing of rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from cudagraph_backend.analysis.padding import Verdict, prove
+
+Fill = Literal["replica", "zero", "poison", "extreme"]
+BUCKETS = (6, 13, 20, 60, 840)
+_NUMBERS = (torch.SymInt, torch.SymFloat)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A graph as Inductor gets it, and the arguments of one call of it."""
+
+    module: GraphModule
+    args: tuple[Any, ...]
+
+    @property
+    def metas(self) -> list[Any]:
+        """What the graph says of each argument."""
+        return [node.meta.get("val") for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    def sizes(self) -> dict[sympy.Symbol, int]:
+        """The size of every shape symbol in this call."""
+        found: dict[sympy.Symbol, int] = {}
+        for meta, arg in zip(self.metas, self.args, strict=True):
+            pairs = [(meta, arg)] if isinstance(meta, _NUMBERS) else []
+            pairs += zip(meta.shape, arg.shape, strict=True) if isinstance(meta, torch.Tensor) else []
+            found.update({_expr(size): real for size, real in pairs if _expr(size).is_Symbol})
+        return found
+
+    def symbols(self) -> list[sympy.Symbol]:
+        """The shape symbols, in order of name."""
+        return sorted(self.sizes(), key=str)
+
+    def admits(self, sizes: dict[sympy.Symbol, int]) -> bool:
+        """Whether the guards taken while tracing hold at ``sizes``."""
+        for meta in self.metas:
+            for size in meta.shape if isinstance(meta, torch.Tensor) else [meta]:
+                if isinstance(size, torch.SymInt):
+                    return _guards_hold(size.node.shape_env, sizes)
+        return True
+
+    def prove(self, *symbols: sympy.Symbol, fill: Literal["replica", "zero"] = "replica") -> Verdict:
+        """The verdict on padding ``symbols`` together, by default all there are."""
+        return prove(self.module.graph, frozenset(symbols or self.symbols()), fill)
+
+
+def dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    """``tensor`` with ``dims``, the first if none is named, marked dynamic for Dynamo."""
+    for dim in dims or (0,):
+        torch._dynamo.mark_dynamic(tensor, dim)
+    return tensor
+
+
+def regions(function: Callable[..., Any], *args: Any, grad: bool = False, **kwargs: Any) -> list[Region]:
+    """The regions of one call of ``function``, by way of Dynamo and AOTAutograd; Inductor itself is not run."""
+    found: list[Region] = []
+
+    def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_fx(module, inputs, inner_compile=lambda inner, *_, **__: _recorder(inner, found))
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad), torch._functorch.config.patch(enable_autograd_cache=False):
+        result = torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
+        if grad:
+            result.backward(torch.ones_like(result))
+    return found
+
+
+def region(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Region:
+    """The only region of one call of ``function``."""
+    (only,) = regions(function, *args, **kwargs)
+    return only
+
+
+def traced(function: Callable[..., Any], *args: torch.Tensor, dims: Sequence[int | None]) -> Region:
+    """The region of ``function`` with one dynamic dim per argument, or None, traced without Dynamo: quick."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(arg, symbolic_context=_context(arg, dim)) for arg, dim in zip(args, dims, strict=True)]
+    with mode, torch.no_grad():
+        module = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return Region(module, args)
+
+
+def _context(arg: torch.Tensor, dynamic_dim: int | None) -> StatelessSymbolicContext:
+    kinds = [DimDynamic.DUCK if dim == dynamic_dim else DimDynamic.STATIC for dim in range(arg.ndim)]
+    return StatelessSymbolicContext(dynamic_sizes=kinds)
+
+
+def _guards_hold(shape_env: ShapeEnv, sizes: dict[sympy.Symbol, int]) -> bool:
+    inside = all(size in shape_env.var_to_range[symbol] for symbol, size in sizes.items())
+    return inside and all(guard.expr.subs(sizes) != sympy.false for guard in shape_env.guards)
+
+
+def _recorder(module: GraphModule, found: list[Region]) -> Callable[[list[Any]], Any]:
+    def run(args: list[Any]) -> Any:
+        copies = tuple(arg.detach().clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        found.append(Region(module, copies))
+        with torch.no_grad():
+            return Interpreter(module).run(*args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def refutation(region: Region, verdict: Verdict, bucket: int, fill: Fill, tolerance: float = 1e-5) -> str | None:
+    """What at size ``bucket`` is not as a safe ``verdict`` promises; None if all is well."""
+    exact = region.sizes()
+    padded = exact | dict.fromkeys(verdict.symbols, bucket)
+    before = _run(region.module, [_clone(arg) for arg in region.args])
+    rows = bucket - exact[next(iter(verdict.symbols))]
+    inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg in zip(region.metas, region.args, strict=True)]
+    after = _run(region.module, inputs)
+    metas = [*_outputs_of(region.module), *region.metas]
+    for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=True)):
+        if not isinstance(left, torch.Tensor):
+            continue
+        if tuple(right.shape) != _shape(meta, padded):
+            return f"result {index} has shape {tuple(right.shape)} instead of {_shape(meta, padded)}"
+        real = right[tuple(slice(0, size) for size in _shape(meta, exact))]
+        problem = _difference(left, real, tolerance)
+        if problem:
+            return f"result {index} ({fill} fill, bucket {bucket}): {problem}"
+    return None
+
+
+def refute(region: Region, verdict: Verdict, fill: Literal["replica", "zero"] = "replica", **kwargs: Any) -> str | None:
+    """The first refutation at a few buckets, and if nothing was assumed of the padded rows, with hostile fills."""
+    exact = region.sizes()
+    (size,) = {exact[symbol] for symbol in verdict.symbols}
+    buckets = [b for b in BUCKETS if b > size and region.admits(exact | dict.fromkeys(verdict.symbols, b))]
+    fills: list[Fill] = [fill] if verdict.needs_fill else [fill, "poison", "extreme"]
+    assert buckets, "no bucket to try"
+    found = (refutation(region, verdict, bucket, f, **kwargs) for bucket in buckets[:2] for f in fills)
+    return next((problem for problem in found if problem), None)
+
+
+def _run(module: GraphModule, inputs: list[Any]) -> list[Any]:
+    """The outputs, then the inputs as the run leaves them."""
+    with torch.no_grad():
+        outputs = Interpreter(module).run(*inputs)
+    return [*(_clone(output) for output in _flat(outputs)), *inputs]
+
+
+def _outputs_of(module: GraphModule) -> Iterator[Any]:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    for item in _flat(output.args[0]):
+        yield item.meta.get("val") if isinstance(item, torch.fx.Node) else item
+
+
+def _flat(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def _padded(meta: Any, arg: Any, sizes: dict[sympy.Symbol, int], rows: int, fill: Fill) -> Any:
+    if isinstance(meta, _NUMBERS):
+        return int(_expr(meta).subs(sizes))
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    for dim, size in enumerate(_shape(meta, sizes)):
+        if size != arg.shape[dim]:
+            arg = _extended(arg, dim, rows, (size - arg.shape[dim]) // rows, fill)
+    return _clone(arg)
+
+
+def _extended(arg: torch.Tensor, dim: int, rows: int, per: int, fill: Fill) -> torch.Tensor:
+    """``arg`` with ``rows`` padded rows after the real ones; a row has ``per`` entries along ``dim``."""
+    if fill == "replica":
+        last = arg.narrow(dim, arg.shape[dim] - per, per)
+        return torch.cat([arg, *[last] * rows], dim)
+    shape = [*arg.shape[:dim], rows * per, *arg.shape[dim + 1 :]]
+    return torch.cat([arg, torch.full(shape, _hostile(arg.dtype, fill), dtype=arg.dtype)], dim)
+
+
+def _hostile(dtype: torch.dtype, fill: Fill) -> float | int | bool:
+    if fill == "zero":
+        return 0
+    if dtype == torch.bool:
+        return fill == "poison"
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan") if fill == "poison" else torch.finfo(dtype).max
+    return torch.iinfo(dtype).min if fill == "poison" else torch.iinfo(dtype).max
+
+
+def _difference(left: torch.Tensor, right: torch.Tensor, tolerance: float) -> str | None:
+    exact = not (left.dtype.is_floating_point or left.dtype.is_complex)
+    try:
+        limit = 0.0 if exact else tolerance
+        torch.testing.assert_close(right, left, rtol=limit, atol=limit, equal_nan=True)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def _shape(meta: Any, sizes: dict[sympy.Symbol, int]) -> tuple[int, ...]:
+    return tuple(int(_expr(size).subs(sizes)) for size in meta.shape)
+
+
+def _expr(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, _NUMBERS) else sympy.Integer(size)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,148 @@
+"""Options: strict, and errors that name the option, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from cudagraph_backend.errors import OptionError
+from cudagraph_backend.options import Options, parse_options
+
+ACCEPTED = [
+    ("capture_sizes", "auto", "auto"),
+    ("capture_sizes", [8, 2, 8, 4], (2, 4, 8)),
+    ("capture_sizes", range(1, 4), (1, 2, 3)),
+    ("capture_sizes", (2**31 - 1,), (2**31 - 1,)),
+    ("pad", "prove", "prove"),
+    ("pad", "assume", "assume"),
+    ("pad", "off", "off"),
+    ("fill", "replica", "replica"),
+    ("fill", "zero", "zero"),
+    ("on_overwrite", "preserve", "preserve"),
+    ("driver", "auto", "auto"),
+    ("driver", "host", "host"),
+    ("driver", "off", "off"),
+    ("strict", True, True),
+    ("max_graphs", 1, 1),
+    ("verify", "off", "off"),
+    ("inductor", {"max_autotune": True}, {"max_autotune": True}),
+    ("inductor", {}, {}),
+]
+
+REFUSED = [
+    ("capture_sizes", "all", "'auto' or a non-empty list of ints"),
+    ("capture_sizes", [], "'auto' or a non-empty list of ints"),
+    ("capture_sizes", 8, "'auto' or a non-empty list of ints"),
+    ("capture_sizes", {8, 16}, "'auto' or a non-empty list of ints"),
+    ("capture_sizes", [8, 0], "it holds 0"),
+    ("capture_sizes", [8, -1], "it holds -1"),
+    ("capture_sizes", [8, 2.0], "it holds 2.0"),
+    ("capture_sizes", [8, True], "it holds True"),
+    ("capture_sizes", [8, 2**31], "it holds 2147483648"),
+    ("pad", "always", "'prove', 'probe', 'assume', 'off'"),
+    ("pad", True, "'prove', 'probe', 'assume', 'off'"),
+    ("pad", ["off"], "'prove', 'probe', 'assume', 'off'"),
+    ("fill", 0, "'replica', 'zero'"),
+    ("fill", None, "'replica', 'zero'"),
+    ("on_overwrite", "copy", "'preserve', 'error'"),
+    ("driver", "gpu", "'auto', 'cuda', 'host', 'off'"),
+    ("strict", 1, "True or False"),
+    ("strict", "yes", "True or False"),
+    ("max_graphs", 0, "an int of at least 1"),
+    ("max_graphs", -3, "an int of at least 1"),
+    ("max_graphs", 2.0, "an int of at least 1"),
+    ("max_graphs", True, "an int of at least 1"),
+    ("verify", "always", "'off', 'capture'"),
+    ("inductor", [("max_autotune", True)], "a dict of Inductor's setting names to values"),
+    ("inductor", {1: True}, "a dict of Inductor's setting names to values"),
+    ("inductor", {"max_autotune": "yes"}, "values of the settings' types"),
+    ("inductor", {"triton.cudagraphs": True}, "settings other than 'triton.cudagraphs'"),
+    ("inductor", {"triton.cudagraphs": False}, "settings other than 'triton.cudagraphs'"),
+    ("inductor", {"triton.cudagraph-trees": True}, "settings other than 'triton.cudagraph-trees'"),
+    ("inductor", {"max_autotune": True, "no_such_setting": 1}, "which has no 'no_such_setting'"),
+    ("inductor", {"": 1}, "which has no ''"),
+    ("inductor", {"triton": {}}, "which has no 'triton'"),
+]
+
+
+def test_nothing_given_is_the_defaults():
+    assert parse_options(None) == parse_options({}) == Options()
+
+
+def test_the_defaults_are_those_of_the_design():
+    expected = ("auto", "prove", "replica", "preserve", "auto", False, 512, "off", {})
+    assert dataclasses.astuple(Options()) == expected
+
+
+@pytest.mark.parametrize(("name", "given", "parsed"), ACCEPTED)
+def test_good_value_is_taken_and_the_rest_stays_default(name: str, given: Any, parsed: Any):
+    assert parse_options({name: given}) == dataclasses.replace(Options(), **{name: parsed})
+
+
+@pytest.mark.parametrize(("name", "given", "accepted"), REFUSED)
+def test_bad_value_is_named_with_what_is_accepted(name: str, given: Any, accepted: str):
+    with pytest.raises(OptionError) as caught:
+        parse_options({name: given})
+    assert f"option {name!r}: got {given!r}; accepted is " in str(caught.value)
+    assert accepted in str(caught.value)
+
+
+def test_a_bad_value_beside_good_ones_is_found():
+    with pytest.raises(OptionError, match="'max_graphs'"):
+        parse_options({"strict": True, "max_graphs": 0})
+
+
+@pytest.mark.parametrize("name", ["capture_size", "Pad", "", 3, None])
+def test_unknown_name_lists_the_names(name: Any):
+    with pytest.raises(OptionError) as caught:
+        parse_options({name: 1})
+    assert f"option {name!r} is unknown" in str(caught.value)
+    for known in ("capture_sizes", "pad", "fill", "on_overwrite", "driver", "strict", "max_graphs", "verify"):
+        assert known in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [["strict"], "strict", 3])
+def test_options_must_be_a_dict(given: Any):
+    with pytest.raises(OptionError, match="accepted is a dict"):
+        parse_options(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"), [("pad", "probe", "prove"), ("on_overwrite", "error", "preserve"), ("verify", "capture", "off")]
+)
+def test_planned_value_says_that_it_is_not_there_yet(name: str, value: str, other: str):
+    with pytest.raises(NotImplementedError, match="not there yet") as caught:
+        parse_options({name: value})
+    assert repr(name) in str(caught.value)
+    assert repr(value) in str(caught.value)
+    assert repr(other) in str(caught.value)
+
+
+def test_cuda_driver_is_refused_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match=r"'driver': got 'cuda'; accepted is .*'host'"):
+        parse_options({"driver": "cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_options({"driver": "cuda"}).driver == "cuda"
+
+
+def test_option_errors_are_value_errors():
+    with pytest.raises(ValueError, match="strict"):
+        parse_options({"strict": None})
+
+
+def test_options_can_not_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().strict = True  # type: ignore[misc]
+
+
+def test_a_later_change_of_the_users_dict_changes_nothing():
+    sizes, inductor = [4, 8], {"max_autotune": True}
+    options = parse_options({"capture_sizes": sizes, "inductor": inductor})
+    sizes.append(16)
+    inductor["max_autotune"] = False
+    assert options.capture_sizes == (4, 8)
+    assert options.inductor == {"max_autotune": True}
