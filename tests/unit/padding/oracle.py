@@ -51,6 +51,14 @@ class Region:
         """The shape symbols, in order of name."""
         return sorted(self.sizes(), key=str)
 
+    def runs(self) -> bool:
+        """Whether the graph runs at all with its own arguments."""
+        try:
+            _run(self.module, [_clone(arg) for arg in self.args])
+        except (RuntimeError, IndexError):
+            return False
+        return True
+
     def admits(self, sizes: dict[sympy.Symbol, int]) -> bool:
         """Whether the guards taken while tracing hold at ``sizes``."""
         for meta in self.metas:
