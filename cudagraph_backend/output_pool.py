@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,40 +24,65 @@ class Loan:
     step: tuple[int, int]
 
 
+class RangeStorage:
+    """A storage over the beginning of a range. Outputs of one size are made on it; it knows whether any is left."""
+
+    __slots__ = ("_idle_holders", "_idle_users", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage):
+        self.storage = storage
+        self._idle_users = self._idle_holders = 0
+
+    def lend(self) -> torch.UntypedStorage:
+        """Nobody else may hold the storage when it is lent: what is counted now is the count of none."""
+        self._idle_users = storage_users(self.storage._cdata)
+        self._idle_holders = self._holders()
+        return self.storage
+
+    def is_in_use(self) -> bool:
+        """Whether a tensor, a view or an export, or the storage object itself, is held by somebody else."""
+        return storage_users(self.storage._cdata) > self._idle_users or self._holders() > self._idle_holders
+
+    def _holders(self) -> int:
+        return sys.getrefcount(self.storage)
+
+
 class OutputRange:
     """A byte range of the pool, given to one output of a region, or to several that share a storage.
 
-    Each size of output has a storage of its own over the range's beginning, made once and lent at every call. An
-    output, or a view of it, is alive while somebody else holds that storage.
+    Each size of output has a storage of its own over the range's beginning, made once and lent at every call.
     """
 
     __slots__ = ("_lent", "_memory", "_storages", "loan", "nbytes", "offset")
 
     def __init__(self, memory: Memory, offset: int, nbytes: int):
         self._memory = memory
-        self._storages: dict[int, tuple[torch.Tensor, int]] = {}
-        self._lent: tuple[torch.Tensor, int] | None = None
+        self._storages: dict[int, RangeStorage] = {}
+        self._lent: RangeStorage | None = None
         self.offset = offset
         self.nbytes = nbytes
         self.loan: Loan | None = None
 
-    def lend(self, nbytes: int, loan: Loan) -> torch.Tensor:
-        """A uint8 tensor over the first ``nbytes`` bytes; outputs are made on its storage. The range must be free."""
-        self._lent = self._storages.get(nbytes) or self._new_storage(nbytes)
-        self.loan = loan
-        return self._lent[0]
+    def lend(self, nbytes: int, loan: Loan) -> torch.UntypedStorage:
+        """A storage over the first ``nbytes`` bytes, for a call's outputs. The range must be free."""
+        lent = self._storages.get(nbytes)
+        if lent is None:
+            lent = self._storages[nbytes] = RangeStorage(self.bytes(nbytes).untyped_storage())
+        self._lent, self.loan = lent, loan
+        return lent.lend()
 
     def bytes(self, nbytes: int) -> torch.Tensor:
-        """The same bytes, to write them."""
-        return (self._storages.get(nbytes) or self._new_storage(nbytes))[0]
+        """The first ``nbytes`` bytes as a uint8 tensor, to write them."""
+        with outside_inference_mode():
+            return self._memory.bytes_at(self.offset, nbytes)
 
     def is_live(self) -> bool:
         """Whether an output, a view of one or an export of one still uses the range."""
-        return self._lent is not None and storage_users(self._lent[1]) > 1
+        return self._lent is not None and self._lent.is_in_use()
 
     def is_lent_to(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is (a view of) the live output on the range."""
-        return self._lent is not None and tensor.untyped_storage()._cdata == self._lent[1]
+        return self._lent is not None and tensor.untyped_storage()._cdata == self._lent.storage._cdata
 
     def move_out(self) -> None:
         """Give the live output memory of its own, with its bytes; all tensors on it follow. The range is then free.
@@ -64,18 +90,12 @@ class OutputRange:
         Memory exported through DLPack or NumPy does not follow: it stays on the range.
         """
         assert self._lent is not None
-        output, _ = self._lent
+        output = self._lent.storage
         with outside_inference_mode():
             moved = output.clone()
-        swap_memory(output.untyped_storage(), moved.untyped_storage())
-        self._storages[moved.nbytes] = moved, moved.untyped_storage()._cdata
+        swap_memory(output, moved)
+        self._storages[moved.nbytes()] = RangeStorage(moved)
         self._lent = self.loan = None
-
-    def _new_storage(self, nbytes: int) -> tuple[torch.Tensor, int]:
-        with outside_inference_mode():
-            tensor = self._memory.bytes_at(self.offset, nbytes)
-        self._storages[nbytes] = tensor, tensor.untyped_storage()._cdata
-        return self._storages[nbytes]
 
 
 class OutputPool:
@@ -85,6 +105,7 @@ class OutputPool:
         self._memory = memory
         self._ranges: list[OutputRange] = []  # by offset
         self._retired: list[OutputRange] = []
+        self.moved_out = 0
 
     @property
     def nbytes(self) -> int:

@@ -126,7 +126,7 @@ def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | 
 def copy_out(layout: Layout, outputs: Sequence[Any], ranges: Sequence[OutputRange]) -> None:
     """Copy the results of a run into the pool (captured as part of the graph)."""
     targets, results = [], []
-    storages = [r.bytes(n) for r, n in zip(ranges, layout.range_nbytes, strict=True)]
+    storages = [r.bytes(n).untyped_storage() for r, n in zip(ranges, layout.range_nbytes)]
     for entry, output in zip(layout.entries, outputs, strict=True):
         if isinstance(entry, Pooled) and output.numel():
             shape = reaching_once(entry.size, entry.stride)
@@ -142,7 +142,7 @@ def make_outputs(
     """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
     storages = [
         r.lend(nbytes, Loan(region, extents, step))
-        for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents, strict=True)
+        for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents)
     ]
     outputs: list[Any] = []
     for entry in layout.entries:
@@ -150,7 +150,7 @@ def make_outputs(
             outputs.append(_view(storages[entry.range], entry.dtype, (entry.size, entry.stride), entry.offset))
         elif isinstance(entry, Returned):
             tensor = args[entry.index]
-            outputs.append(tensor if entry.view is None else _view(tensor, tensor.dtype, *entry.view))
+            outputs.append(tensor if entry.view is None else _view(tensor.untyped_storage(), tensor.dtype, *entry.view))
         else:
             outputs.append(entry.value)
     return outputs
@@ -174,6 +174,6 @@ def _layout(entries: Sequence[Entry]) -> Layout:
     return Layout(tuple(entries), tuple(nbytes), tuple(map(tuple, extents)))
 
 
-def _view(storage: torch.Tensor, dtype: torch.dtype, shape: Shape, offset: int) -> torch.Tensor:
+def _view(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Shape, offset: int) -> torch.Tensor:
     """A tensor of its own (no autograd view) on a storage."""
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage.untyped_storage(), offset, *shape)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, *shape)

@@ -30,6 +30,7 @@ class Stats:
         sum_of_buckets_bytes: what separate outputs for every captured bucket would hold.
         staging_bytes: staging buffers.
         memory_pool_bytes: scratch, shared by all captures (CUDA).
+        outputs_moved_out: live outputs that were given memory of their own, because a call needed their range.
     """
 
     regions: int
@@ -43,6 +44,7 @@ class Stats:
     sum_of_buckets_bytes: int
     staging_bytes: int
     memory_pool_bytes: int
+    outputs_moved_out: int
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -65,6 +67,7 @@ def stats_of(backend: Backend) -> Stats:
         sum_of_buckets_bytes=sum(_bucket_bytes(r) for r in replayers),
         staging_bytes=sum(_staging_bytes(r) for r in replayers),
         memory_pool_bytes=sum(d.driver.scratch_nbytes() for d in backend.devices().values()),
+        outputs_moved_out=sum(d.pool.moved_out for d in backend.devices().values()),
     )
 
 

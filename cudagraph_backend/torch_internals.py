@@ -189,6 +189,13 @@ def clear_cublas_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
+def end_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """Stop routing allocations to a pool, which ``CUDAGraph.capture_end`` does not do when it fails."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+
+
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Buffers made here are ordinary tensors, usable from inference mode and from outside of it alike."""

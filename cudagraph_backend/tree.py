@@ -56,6 +56,7 @@ class Place:
             for taken in self._sets[0][:count]:
                 if taken.is_live():
                     taken.move_out()
+                    self._pool.moved_out += 1
             return self._sets[0]
         if len(self._sets) < _SETS:
             self._sets.append([])

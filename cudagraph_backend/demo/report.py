@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend.demo.ways import WayResult
+from cudagraph_backend.demo.ways import EAGER, WayResult
 
 TOLERANCE = 1e-4
 
@@ -114,9 +114,9 @@ def way_table(ways: Sequence[WayResult]) -> list[str]:
             way.name,
             f"{way.median_ms:.2f} ms",
             f"{way.p95_ms:.2f} ms",
-            f"{way.first_pass_s:.1f} s",
+            f"{way.first_pass_s:.1f} s" if way.name != EAGER.name else "-",
             str(way.captures),
-            f"{way.max_abs_error:.1e}" if way.max_abs_error else "0",
+            f"{way.max_abs_error:.1e}" if way.name != EAGER.name else "reference",
         ]
         rows.append([*row, format_bytes(way.device_memory_bytes)] if memory else row)
     return align(rows)

@@ -1,7 +1,8 @@
 """The ways of running a workload: eager, Inductor, stock ``reduce-overhead`` and sharedgraph.
 
-Eager gives the references first. Then each way starts from a reset Dynamo, serves the whole stream untimed (compiling
-and capturing as it meets new sizes), and once more with every call timed. Each result of each pass is compared.
+Eager comes first and gives the references. Each other way starts from a reset Dynamo, serves the whole stream untimed
+(compiling and capturing as it meets new sizes), and once more with every call timed. Each result of each pass is
+compared with eager's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 import cudagraph_backend as sg
 from cudagraph_backend.demo.workload import Batch, Workload
+
+WARM_UP_CALLS = 3
 
 Served = Callable[..., Tensor]
 Progress = Callable[[str], None]  # called with the way's name after each request
@@ -103,8 +106,9 @@ def _stock_captures(device: torch.device) -> int:
     return count
 
 
+EAGER = Way("eager", lambda module: module, lambda device: 0, untimed_passes=0)
 WAYS = (
-    Way("eager", lambda module: module, lambda device: 0, untimed_passes=0),
+    EAGER,
     Way("inductor", torch.compile, lambda device: 0),
     # Stock warms up the first time it meets a size and records the second time; only the third is a replay.
     Way(
@@ -119,18 +123,34 @@ WAYS = (
 
 
 def calls_in_all(ways: Iterable[Way], requests: int) -> int:
-    """How often progress is reported: the pass for the references, and those of every way."""
-    return requests * (1 + sum(way.untimed_passes + 1 for way in ways))
+    """How often progress is reported: eager always runs, for the references, and every other way in all its passes."""
+    return requests * (1 + sum(way.untimed_passes + 1 for way in ways if way != EAGER))
 
 
 @torch.inference_mode()
-def eager_results(workload: Workload, progress: Progress) -> list[Tensor]:
-    """What every way must return; this pass warms eager up, too."""
-    results = []
+def run_eager(workload: Workload, progress: Progress) -> tuple[WayResult, list[Tensor]]:
+    """Time eager, and keep its results as references. It compiles nothing, so a few calls warm it up."""
+    device = workload.requests[0][0].device
+    for batch in workload.requests[:WARM_UP_CALLS]:
+        workload.module(*batch)
+    free_before = _free_memory(device)
+    seconds: list[float] = []
+    references: list[Tensor] = []
     for batch in workload.requests:
-        results.append(workload.module(*batch))
-        progress("references")
-    return results
+        took, result = _timed(workload.module, batch, device)
+        seconds.append(took)
+        references.append(result)
+        progress(EAGER.name)
+    kept = sum(result.untyped_storage().nbytes() for result in references)
+    memory = _taken(free_before, device)
+    return WayResult(
+        name=EAGER.name,
+        first_pass_s=sum(seconds),
+        call_s=tuple(seconds),
+        max_abs_error=0.0,
+        captures=0,
+        device_memory_bytes=None if memory is None else max(0, memory - kept),
+    ), references
 
 
 @torch.inference_mode()
@@ -152,7 +172,7 @@ def run_way(way: Way, workload: Workload, references: Sequence[Tensor], progress
             error = max(error, off)
             progress(way.name)
         passes.append(tuple(seconds))
-    free_after = _free_memory(device)
+    memory = _taken(free_before, device)
     ours = way.name == "sharedgraph"
     return WayResult(
         name=way.name,
@@ -160,7 +180,7 @@ def run_way(way: Way, workload: Workload, references: Sequence[Tensor], progress
         call_s=passes[-1],
         max_abs_error=error,
         captures=way.captures(device),
-        device_memory_bytes=None if free_before is None or free_after is None else free_before - free_after,
+        device_memory_bytes=memory,
         stats=sg.stats().as_dict() if ours else None,
         explanation=sg.explain() if ours else None,
     )
@@ -168,11 +188,17 @@ def run_way(way: Way, workload: Workload, references: Sequence[Tensor], progress
 
 def _serve(served: Served, batch: Batch, expected: Tensor) -> tuple[float, float]:
     """Seconds that one call took, and its error. The result dies here, as it does once a server has sent it."""
-    _wait(expected.device)
+    took, result = _timed(served, batch, expected.device)
+    return took, max_abs_error(result, expected)
+
+
+def _timed(served: Served, batch: Batch, device: torch.device) -> tuple[float, Tensor]:
+    """Seconds from the call until the device has the result ready, and the result."""
+    _wait(device)
     start = time.perf_counter()
     result = served(*batch)
-    _wait(expected.device)
-    return time.perf_counter() - start, max_abs_error(result, expected)
+    _wait(device)
+    return time.perf_counter() - start, result
 
 
 def _wait(device: torch.device) -> None:
@@ -188,3 +214,9 @@ def _free_memory(device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.synchronize(device)
     return torch.cuda.mem_get_info(device)[0]
+
+
+def _taken(free_before: int | None, device: torch.device) -> int | None:
+    """How much of the GPU's memory was taken since, and not given back."""
+    free_now = _free_memory(device)
+    return None if free_before is None or free_now is None else free_before - free_now

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from cudagraph_backend.errors import CaptureError
-from cudagraph_backend.torch_internals import Compiled, clear_cublas_workspaces
+from cudagraph_backend.torch_internals import Compiled, clear_cublas_workspaces, end_failed_capture
 
 T = TypeVar("T")
 
@@ -97,6 +98,15 @@ class _CudaBytes:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class CudaGraph:
+    graph: torch.cuda.CUDAGraph
+    pool: torch.cuda.MemPool  # must outlive the graph
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
 class CudaDriver:
     poison = False
 
@@ -118,28 +128,41 @@ class CudaDriver:
         clear_cublas_workspaces()
         return result
 
-    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def capture(self, run: Callable[[], None]) -> CudaGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         with self._on_capture_stream(), _collector_off():
-            # Workspaces that cuBLAS holds from before would not be in the memory pool; those made inside must not stay.
+            # cuBLAS workspaces from before are not in the memory pool; those made during capture must not stay in it.
             clear_cublas_workspaces()
             graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
             try:
                 run()
-            except BaseException as error:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                if not isinstance(error, Exception):
-                    raise
-                raise CaptureError(f"{type(error).__name__}: {error}") from error
-            finally:
                 clear_cublas_workspaces()
-            try:
                 graph.capture_end()
-            except RuntimeError as error:
+            except Exception as error:
+                self._abort(graph)
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
-        return graph
+            except BaseException:
+                self._abort(graph)
+                raise
+        return CudaGraph(graph, self._pool)
+
+    def _abort(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that went wrong, and make allocator and random number generator usable again.
+
+        The memory pool may still be in the state of being captured to, so later captures get a new one; graphs that
+        exist keep theirs.
+        """
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        end_failed_capture(self.device, self._pool.id)
+        self._pool = torch.cuda.MemPool()
+        # A generator leaves its capturing state at the end of a capture that succeeds (torch 2.11).
+        scrap = torch.zeros(1, device=self.device)
+        clean = torch.cuda.CUDAGraph()
+        clean.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+        scrap.add_(1)
+        clean.capture_end()
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

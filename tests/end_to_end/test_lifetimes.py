@@ -27,6 +27,26 @@ def test_kept_outputs_keep_their_values(device):
                 torch.testing.assert_close(got, expected)
 
 
+def test_a_storage_held_alone_keeps_its_bytes(device):
+    compiled = torch.compile(lambda x: x * 2, backend="sharedgraph")
+    x = torch.randn(5, 4, device=device)
+    storage = compiled(x).untyped_storage()
+    compiled(-x)
+    kept = torch.empty(0, device=device).set_(storage, 0, (5, 4), (4, 1))
+    torch.testing.assert_close(kept, x * 2)
+
+
+def test_dead_outputs_are_not_moved(device):
+    """Nothing is copied out, and no second range taken, for outputs that nobody holds any more."""
+    compiled = torch.compile(lambda x: (x * 2, x.sum(1)), backend="sharedgraph")
+    addresses = set()
+    with torch.no_grad():
+        for n in (64, 5, 9, 64, 5, 9, 64):
+            addresses.add(compiled(torch.randn(n, 4, device=device))[0].data_ptr())
+    assert sg.stats().outputs_moved_out == 0
+    assert len(addresses) <= 2  # the first, static region came before the size was known
+
+
 def test_feedback(device):
     compiled = torch.compile(lambda x: x * 1.01 + 1, backend="sharedgraph")
     with torch.no_grad():

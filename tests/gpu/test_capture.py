@@ -36,7 +36,7 @@ def test_replay_is_one_graph_launch(device):
     compiled = torch.compile(nn.Linear(256, 256).to(device), backend="sharedgraph")
     list(_serve(compiled, device, (64, 40)))
     x = torch.randn(64, 256, device=device)
-    with torch.profiler.profile(activities=list(torch.profiler.ProfilerActivity)) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
         with torch.no_grad():
             compiled(x)
         torch.cuda.synchronize()
@@ -61,6 +61,8 @@ def test_a_capture_that_synchronises_is_aborted_cleanly(device):
             x = torch.randn(n, 4, device=device)
             torch.testing.assert_close(compiled(x), x * 2 + 1)
             torch.testing.assert_close(other(x), x * 3)
+        first, second = torch.randn(100, device=device), torch.randn(100, device=device)
+    assert not torch.equal(first, second)
     assert any(reason.startswith("capture failed") for reason in sg.stats().fallbacks)
     assert sg.stats().captures > 0  # the other region is captured all the same
 

@@ -116,11 +116,10 @@ def test_progress_is_reported_as_often_as_it_was_announced(monkeypatch: pytest.M
     calls = []
     module = torch.nn.Linear(4, 4)
     load = cli.workload.Workload("mlp", "rows", module, tuple((torch.ones(rows, 4),) for rows in (2, 3)))
-    eager = ways.WAYS[0]
     wrong = ways.Way("wrong", lambda module: lambda x: module(x) + 0.5, lambda device: 7, untimed_passes=2)
-    references = ways.eager_results(load, calls.append)
-    results = [ways.run_way(way, load, references, calls.append) for way in (eager, wrong)]
-    assert len(calls) == ways.calls_in_all((eager, wrong), 2) == 2 * (1 + 1 + 3)
+    eager, references = ways.run_eager(load, calls.append)
+    results = [eager, ways.run_way(wrong, load, references, calls.append)]
+    assert len(calls) == ways.calls_in_all((wrong,), 2) == ways.calls_in_all((ways.EAGER, wrong), 2) == 2 * (1 + 3)
     assert [result.max_abs_error for result in results] == pytest.approx([0.0, 0.5])
     assert [result.captures for result in results] == [0, 7]
     assert [len(result.call_s) for result in results] == [2, 2]

@@ -111,7 +111,8 @@ def test_options_must_be_a_dict(given: Any):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "other"), [("pad", "probe", "prove"), ("on_overwrite", "error", "preserve"), ("verify", "capture", "off")]
+    ("name", "value", "other"),
+    [("pad", "probe", "prove"), ("on_overwrite", "error", "preserve"), ("verify", "capture", "off")],
 )
 def test_planned_value_says_that_it_is_not_there_yet(name: str, value: str, other: str):
     with pytest.raises(NotImplementedError, match="not there yet") as caught:

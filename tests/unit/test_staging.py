@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cudagraph_backend.region import TensorInput
@@ -105,6 +105,7 @@ def test_bucket_holds_real_rows_then_the_fill(case: Padded, fill: str | float):
 @settings(max_examples=100, deadline=None)
 @given(padded())
 def test_copying_back_gives_the_caller_the_real_rows(case: Padded):
+    assume(0 not in case.bucket[1])  # analysis refuses expanded inputs that are written to
     _, buffer = buffer_for(case.bucket)
     copy = staged_copy(0, buffer, case.real, case.entries, "replica")
     stage([copy], [case.argument])
@@ -140,7 +141,7 @@ def test_empty_argument_is_staged(size: tuple[int, ...], expanded: bool):
 @pytest.mark.parametrize("fill", FILLS)
 def test_a_smaller_call_after_a_larger_one_leaves_no_stale_row(fill: str | float):
     bucket = (8, 2), (2, 1)
-    memory, buffer = buffer_for(bucket)
+    _, buffer = buffer_for(bucket)
     for rows in (8, 7, 3):
         case = Padded(torch.randn(rows, 2), bucket, (1, 1))
         stage([staged_copy(0, buffer, case.real, case.entries, fill)], [case.argument])
@@ -154,7 +155,9 @@ def test_any_dtype_is_staged_and_filled(dtype: torch.dtype, fill: str):
     buffer = torch.ones(5, 2).to(dtype)
     stage([staged_copy(0, buffer, ((3, 2), (2, 1)), (1, 1), fill)], [argument])
     last = [1, 1] if fill == "replica" else [0, 0]
-    assert torch.equal(buffer.to(torch.complex64), torch.tensor([[1, 0], [0, 1], [1, 1], last, last]).to(torch.complex64))
+    assert torch.equal(
+        buffer.to(torch.complex64), torch.tensor([[1, 0], [0, 1], [1, 1], last, last]).to(torch.complex64)
+    )
 
 
 def test_every_argument_goes_to_its_own_buffer():
@@ -233,10 +236,3 @@ def test_a_buffer_made_in_inference_mode_can_be_written_outside_of_it():
         stage([staged_copy(0, buffer, matrix_of(2), (1, 1), "replica")], [argument])
     assert torch.equal(buffer, argument)
     assert not buffer.is_inference()
-
-
-def test_cleared_buffers_hold_no_memory():
-    buffers = StagingBuffers(torch.device("cpu"))
-    buffers.at(MATRIX, matrix_of(2), matrix_of(2))
-    buffers.clear()
-    assert buffers.nbytes == 0

@@ -59,8 +59,12 @@ class Region:
             return False
         return True
 
-    def admits(self, sizes: dict[sympy.Symbol, int]) -> bool:
-        """Whether the guards taken while tracing hold at ``sizes``."""
+    def buckets(self, *symbols: sympy.Symbol) -> list[int]:
+        """A few larger sizes of ``symbols`` that the guards taken while tracing admit."""
+        exact = self.sizes()
+        return [b for b in BUCKETS if b > exact[symbols[0]] and self._admits(exact | dict.fromkeys(symbols, b))]
+
+    def _admits(self, sizes: dict[sympy.Symbol, int]) -> bool:
         for meta in self.metas:
             for size in meta.shape if isinstance(meta, torch.Tensor) else [meta]:
                 if isinstance(size, torch.SymInt):
@@ -155,11 +159,9 @@ def refutation(region: Region, verdict: Verdict, bucket: int, fill: Fill, tolera
 
 def refute(region: Region, verdict: Verdict, fill: Literal["replica", "zero"] = "replica", **kwargs: Any) -> str | None:
     """The first refutation at a few buckets, and if nothing was assumed of the padded rows, with hostile fills."""
-    exact = region.sizes()
-    (size,) = {exact[symbol] for symbol in verdict.symbols}
-    buckets = [b for b in BUCKETS if b > size and region.admits(exact | dict.fromkeys(verdict.symbols, b))]
+    buckets = region.buckets(*verdict.symbols)
     fills: list[Fill] = [fill] if verdict.needs_fill else [fill, "poison", "extreme"]
-    assert buckets, "no bucket to try"
+    assert buckets, "no bucket is admitted by the guards"
     found = (refutation(region, verdict, bucket, f, **kwargs) for bucket in buckets[:2] for f in fills)
     return next((problem for problem in found if problem), None)
 

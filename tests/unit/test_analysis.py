@@ -1,0 +1,438 @@
+"""Analysis: what a region's graph says of inputs, symbols and outputs, and which ops can't be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule
+
+from cudagraph_backend.analysis import analyse, complete
+from cudagraph_backend.analysis.outputs import is_prefix, with_strides
+from cudagraph_backend.analysis.source import source_line
+from cudagraph_backend.options import Options
+from cudagraph_backend.region import DynamicDim, Region, TensorInput, TensorOutput
+
+Captured = tuple[GraphModule, Sequence[Any]]
+
+
+def captured(model: Callable[..., Any], *args: Any, dynamic: bool | None = True) -> Captured:
+    """The region that AOTAutograd hands over for a call, with its fake example inputs."""
+    seen: list[Captured] = []
+
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append((gm, list(example_inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=aot_autograd(fw_compiler=keep), dynamic=dynamic, fullgraph=True)(*args)
+    return seen[0]
+
+
+def region_of(model: Callable[..., Any], *args: Any, static: Sequence[int] = (), **options: Any) -> Region:
+    gm, example_inputs = captured(model, *args)
+    return analyse(gm.graph, example_inputs, "inference", static, Options(**options), 0)
+
+
+def by_size(region: Region, *size: Any) -> TensorInput:
+    """The input with this size, where a string stands for a symbol."""
+    (found,) = (i for i in region.inputs if len(i.size) == len(size) and _matches(i.size, size))
+    return found
+
+
+def _matches(size: Sequence[sympy.Expr], pattern: Sequence[Any]) -> bool:
+    return all(bool(e.free_symbols) if p == "n" else e == p for e, p in zip(size, pattern, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ inputs and sizes
+
+
+def test_inputs_are_staged_unless_their_address_is_fixed():
+    def model(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    gm, example_inputs = captured(model, torch.randn(6, 4), torch.randn(4, 3), dynamic=False)
+    region = analyse(gm.graph, example_inputs, "inference", [1], Options(), 7)
+    assert [(i.index, i.role, i.dtype, i.size, i.stride) for i in region.inputs] == [
+        (0, "staged", torch.float32, (6, 4), (4, 1)),
+        (1, "static", torch.float32, (4, 3), (3, 1)),
+    ]
+    assert region.name == "region 7 (inference)"
+    assert region.sizes == region.dims == ()
+    assert region.refusal is None
+
+
+def test_a_static_input_with_a_dynamic_dim_is_staged():
+    region = region_of(lambda x: x + 1, torch.randn(6, 4), static=range(3))
+    assert [i.role for i in region.inputs] == ["staged"]
+
+
+def test_sizes_are_read_from_int_arguments_and_inputs_state_them():
+    region = region_of(lambda x: x.flatten() * 2, torch.randn(6, 4))
+    (tensor,) = region.inputs
+    assert [s.dim for s in region.sizes] == [None, None]
+    assert [s.size for s in region.sizes] == list(tensor.size)
+    assert [s.read([6, 4, None]) for s in region.sizes] == [6, 4]
+    (output,) = region.outputs
+    assert isinstance(output, TensorOutput)
+    assert output.size == (tensor.size[0] * tensor.size[1],)
+
+
+def test_a_symbol_that_no_int_argument_gives_is_read_from_a_dim():
+    gm, example_inputs = captured(lambda x: x * 2, torch.randn(6, 4))
+    for node in list(gm.graph.find_nodes(op="placeholder"))[:2]:
+        gm.graph.erase_node(node)
+    region = analyse(gm.graph, example_inputs[2:], "backward", (), Options(), 0)
+    assert [(s.index, s.dim) for s in region.sizes] == [(0, 0), (0, 1)]
+    assert [s.read([torch.randn(9, 5)]) for s in region.sizes] == [9, 5]
+    assert region.values([9, 5]) == dict(zip(region.inputs[0].size, (9, 5), strict=True))
+
+
+def test_a_symbol_that_no_argument_gives_alone_is_found_or_refused():
+    """Only ``2*s`` is an argument's size: every call must know ``s``, or the region isn't captured."""
+    gm, _ = captured(lambda x: torch.cat([x, x]), torch.randn(6, 4))
+    (cat,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    alone = Graph()
+    doubled = alone.placeholder("tangents_1")
+    doubled.meta["val"] = cat.meta["val"]
+    result = alone.call_function(torch.ops.aten.neg.default, (doubled,))
+    result.meta["val"] = cat.meta["val"]
+    alone.output((result,))
+    region = analyse(alone, [cat.meta["val"]], "backward", (), Options(), 0)
+    known = set(region.values([s.read([torch.randn(12, 4)]) for s in region.sizes]))
+    assert region.refusal is not None or region.inputs[0].symbols <= known
+
+
+def test_mutated_inputs_are_those_that_inductor_reports(monkeypatch: pytest.MonkeyPatch):
+    region = region_of(lambda x, y: x.add_(y), torch.randn(6, 4), torch.randn(6, 4))
+    assert [i.mutated for i in region.inputs] == [False, False]
+    assert not region.has_effects
+    first = region.inputs[0].index
+    monkeypatch.setattr("cudagraph_backend.torch_internals.mutated_inputs", lambda compiled: frozenset([first]))
+    done = complete(region, None)
+    assert [i.mutated for i in done.inputs] == [True, False]
+    assert done.has_effects
+    assert done.refusal is None
+
+
+@pytest.mark.parametrize("model", [torch.rand_like, lambda x: torch.nn.functional.dropout(x, 0.5), torch.bernoulli])
+def test_drawing_random_numbers_is_an_effect(model: Callable[..., Any]):
+    assert region_of(model, torch.rand(6, 4)).has_effects
+
+
+@pytest.mark.parametrize(
+    "base",
+    [torch.randn(1, 4).expand(6, 4), torch.randn(20).as_strided((6, 4), (2, 1))],
+    ids=["expanded", "overlapping"],
+)
+def test_writing_to_entries_that_share_an_address_is_refused(base: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    gm, example_inputs = captured(lambda x: x + 1, base, dynamic=False)
+    region = analyse(gm.graph, example_inputs, "inference", (), Options(), 0)
+    assert complete(region, None).refusal is None
+    monkeypatch.setattr("cudagraph_backend.torch_internals.mutated_inputs", lambda compiled: frozenset([0]))
+    refusal = complete(region, None).refusal
+    assert refusal is not None
+    assert "written in place and several of its entries share an address" in refusal.reason
+
+
+def test_source_lines_name_the_users_function():
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y.sin()
+
+    first = model.__code__.co_firstlineno
+    region = region_of(model, torch.randn(6, 4))
+    (line,) = region.source_lines
+    assert line.endswith(f"test_analysis.py:{first + 1}-{first + 2} in model")
+    assert isinstance(region.outputs[0], TensorOutput)
+    assert str(region.outputs[0].source).endswith(f"test_analysis.py:{first + 2} in model: return y.sin()")
+
+
+def test_a_node_without_a_stack_has_no_source_line():
+    assert source_line(Graph().placeholder("x")) is None
+
+
+# ------------------------------------------------------------------------------------------------ dims
+
+
+def verdicts(region: Region) -> dict[int, str | None]:
+    """Per place of a symbol among the region's sizes, why it is not padded."""
+    return {
+        position: dim.refusal.reason if dim.refusal else None
+        for position, size in enumerate(region.sizes)
+        for dim in region.dims
+        if size.size in dim.symbols
+    }
+
+
+def test_a_dim_has_the_bounds_that_the_user_gave():
+    x = torch.randn(6, 4)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+    gm, example_inputs = captured(lambda x: x * 2, x, dynamic=None)
+    region = analyse(gm.graph, example_inputs, "inference", (), Options(), 0)
+    assert [(d.lower, d.upper, d.refusal) for d in region.dims] == [(2, 64, None)]
+
+
+def test_padding_off_refuses_every_dim():
+    region = region_of(lambda x: x * 2, torch.randn(6, 4), pad="off")
+    assert set(verdicts(region).values()) == {"padding is off (option pad='off')"}
+
+
+def test_padding_assumed_takes_what_the_proof_refuses():
+    assert verdicts(region_of(lambda x: x.mean(0), torch.randn(6, 4), pad="assume"))[0] is None
+    assert verdicts(region_of(lambda x: x.mean(0), torch.randn(6, 4)))[0] is not None
+
+
+def test_a_size_that_is_no_multiple_of_the_dim_is_refused():
+    gm, example_inputs = captured(lambda x: torch.cat([x, x[:1]]) * 2, torch.randn(6, 4))
+    longer = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cat.default).meta["val"]
+    graph = Graph()
+    names = [graph.placeholder(name) for name in ("s", "k", "x", "longer")]
+    for node, value in zip(names, (*example_inputs, longer), strict=True):
+        node.meta["val"] = value
+    graph.output((names[2],))
+    region = analyse(graph, [*example_inputs, longer], "inference", (), Options(pad="assume"), 0)
+    assert "no multiple of the dynamic dim" in str(verdicts(region)[0])
+
+
+def test_a_size_that_is_a_product_of_two_dims_is_not_padded_along_both():
+    """Real rows of ``s0*s1`` entries are no prefix of the bucket's."""
+    gm, example_inputs = captured(lambda x: x.flatten() * 2, torch.randn(6, 4))
+    flat = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor).meta["val"]
+    graph = Graph()
+    names = [graph.placeholder(name) for name in ("s", "k", "flat")]
+    for node, value in zip(names, (*example_inputs[:2], flat), strict=True):
+        node.meta["val"] = value
+    graph.output(())
+    region = analyse(graph, [*example_inputs[:2], flat], "backward", (), Options(pad="assume"), 0)
+    assert len(verdicts(region)) == 2
+    assert any(verdicts(region).values())
+
+
+def test_a_dynamic_stride_without_a_dynamic_size_is_not_padded():
+    region = region_of(lambda x: x * 2, torch.randn(6, 5)[:, 0], pad="assume")
+    assert verdicts(region)[0] is None
+    assert "has a dynamic stride, not a dynamic size" in str(verdicts(region)[1])
+
+
+def test_expanded_rows_can_not_be_filled_with_zeros():
+    x = torch.randn(1, 4).expand(6, 4)
+    assert "expanded along the dynamic dim" in str(verdicts(region_of(lambda x: x * 2, x, fill="zero"))[0])
+    assert verdicts(region_of(lambda x: x * 2, x))[0] is None
+
+
+def test_a_dim_of_overlapping_windows_is_not_padded():
+    region = region_of(lambda x: x.sum(1), torch.randn(6, 4), pad="assume")
+    (rows,) = region.inputs
+    one = sympy.Integer(1)
+    apart, windows = (replace(rows, stride=stride) for stride in ((rows.size[1], one), (2 * one, one)))
+    done = [complete(replace(region, inputs=(i,), outputs=()), None) for i in (apart, windows)]
+    assert verdicts(done[0])[0] is None
+    assert "overlaps itself in memory" in str(verdicts(done[1])[0])
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
+DIM = DynamicDim(frozenset([N]), 2, None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "prefix"),
+    [
+        ((N, 4), (4, 1), True),
+        ((N, M), (M, 1), True),
+        ((4, N), (1, 4), True),
+        ((4, N), (N, 1), False),
+        ((1, N), (N, 1), True),
+        ((2 * N, 4), (4, 1), True),
+        ((4, 5), (5, 1), True),
+        ((N, 4), None, False),
+        ((4, M), None, True),
+    ],
+)
+def test_real_rows_are_a_prefix_if_no_stride_grows(size: Any, stride: Any, prefix: bool):
+    size = tuple(map(sympy.sympify, size))
+    stride = None if stride is None else tuple(map(sympy.sympify, stride))
+    assert is_prefix(TensorOutput(torch.float32, size, stride, None), DIM) == prefix
+
+
+def test_numbers_have_no_rows():
+    assert is_prefix(N, DIM)
+    assert is_prefix(None, DIM)
+
+
+def test_strides_are_those_that_inductor_states(monkeypatch: pytest.MonkeyPatch):
+    region = region_of(lambda x: (x.shape[0], x * 2, None), torch.randn(6, 4))
+    rows, width = region.inputs[0].size
+    tensors = [o for o in region.outputs if isinstance(o, TensorOutput)]
+    assert [o.stride for o in tensors] == [None]
+    strides = [(f"2*{width}", "1") if isinstance(o, TensorOutput) else None for o in region.outputs]
+    stated = with_strides(region.outputs, strides, region.shapes)
+    assert [o.stride for o in stated if isinstance(o, TensorOutput)] == [(2 * width, 1)]
+    assert with_strides(region.outputs, None, region.shapes) == region.outputs
+    assert rows in region.outputs
+
+
+def test_a_dim_that_is_not_outermost_in_an_outputs_memory_is_not_padded(monkeypatch: pytest.MonkeyPatch):
+    region = region_of(lambda x: x.t() * 2, torch.randn(6, 4), pad="assume")
+    rows = str(region.inputs[0].size[0])
+    monkeypatch.setattr("cudagraph_backend.torch_internals.output_strides", lambda compiled: [(rows, "1")])
+    done = verdicts(complete(region, None))
+    assert done[0] == "the dim is not outermost in the memory of output 0"
+    assert done[1] is None
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refusal_of(model: Callable[..., Any], *args: Any) -> tuple[str, str, str]:
+    refusal = region_of(model, *args).refusal
+    assert refusal is not None
+    return refusal.reason, str(refusal.op), str(refusal.source)
+
+
+@torch.library.custom_op("sharedgraph_tests::unsafe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def unsafe(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@torch.library.custom_op("sharedgraph_tests::safe", mutates_args=())
+def safe(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@unsafe.register_fake
+@safe.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def calls_unsafe(x: torch.Tensor) -> torch.Tensor:
+    return unsafe(x) + 1
+
+
+def branches(x: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+
+def selects(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0] * 2
+
+
+def finds(x: torch.Tensor) -> torch.Tensor:
+    return torch.nonzero(x)
+
+
+def reads(x: torch.Tensor) -> torch.Tensor:
+    return x * x.argmax().item()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason", "op", "line"),
+    [
+        (calls_unsafe, "tagged unsafe for CUDA graphs", "sharedgraph_tests.unsafe", "return unsafe(x) + 1"),
+        (branches, "a higher-order operator may branch on data", "cond", "torch.cond("),
+        (selects, "a size or value depends on data", "aten.", "x[x > 0]"),
+        (finds, "a size or value depends on data", "aten.nonzero", "torch.nonzero(x)"),
+        (reads, "a size or value depends on data", "aten._local_scalar_dense", "x.argmax().item()"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_an_op_that_can_not_be_captured_is_named_with_its_line(model: Any, reason: str, op: str, line: str):
+    got = refusal_of(model, torch.randn(6, 4))
+    assert reason in got[0]
+    assert op in got[1]
+    assert f" in {model.__name__}: " in got[2]
+    assert line in got[2]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [safe, lambda x: x[torch.arange(2)], lambda x: torch.where(x > 0, x, 0), lambda x: x.topk(2).values],
+    ids=["custom op", "index", "where", "topk"],
+)
+def test_what_can_be_captured_is_not_refused(model: Callable[..., Any]):
+    assert region_of(model, torch.randn(6, 4)).refusal is None
+
+
+def test_a_float_of_a_size_is_no_data():
+    """``x * n**-0.5`` is fixed in a graph of one size: the dim may not be padded, but it can be captured."""
+    region = region_of(lambda x: x * x.shape[0] ** -0.5, torch.randn(6, 4))
+    assert region.refusal is None
+    assert verdicts(region)[0] is not None
+
+
+def test_a_refused_region_has_no_dims():
+    assert region_of(calls_unsafe, torch.randn(6, 4)).dims == ()
+
+
+def hand_made(*values: Any) -> Graph:
+    """A graph that returns its arguments, with ``values`` as what they are."""
+    graph = Graph()
+    nodes = [graph.placeholder(f"arg{i}_1") for i in range(len(values))]
+    for node, value in zip(nodes, values, strict=True):
+        node.meta["val"] = value
+    graph.output(tuple(nodes))
+    return graph
+
+
+def refusal_for(*values: Any) -> str:
+    region = analyse(hand_made(*values), values, "inference", (), Options(), 0)
+    assert region.refusal is not None
+    return str(region.refusal)
+
+
+def test_mixed_devices_are_refused_with_both_names_and_the_cpus_line():
+    with FakeTensorMode():
+        values = torch.empty(2, device="cuda:0"), torch.empty(2)
+    graph = hand_made(*values)
+    frame = 'File "/home/user/model.py", line 12, in forward\n    y = x + self.table'
+    list(graph.nodes)[1].meta["stack_trace"] = frame
+    refusal = analyse(graph, values, "inference", (), Options(), 0).refusal
+    assert refusal is not None
+    assert refusal.reason == "the region mixes devices: cpu and cuda:0"
+    assert refusal.op == "arg1_1"
+    assert refusal.source == "/home/user/model.py:12 in forward: y = x + self.table"
+
+
+def test_a_device_without_driver_is_refused():
+    assert "no graph driver for device meta" in refusal_for(torch.empty(2, device="meta"))
+
+
+def test_a_region_without_tensors_is_refused():
+    assert "holds no tensor" in refusal_for(3)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.eye(3).to_sparse(), "input arg0_1 has layout torch.sparse_coo"),
+        (torch.randn(3, dtype=torch.complex64).conj(), "input arg0_1 is a lazy conjugate or negative view"),
+        (torch.randn(3, dtype=torch.complex64).conj().imag, "input arg0_1 is a lazy conjugate or negative view"),
+    ],
+    ids=["sparse", "conjugate", "negative"],
+)
+def test_inputs_that_are_not_plain_memory_are_refused(value: torch.Tensor, reason: str):
+    assert reason in refusal_for(value)
+
+
+@pytest.mark.parametrize("value", [True, 2.5, None])
+def test_inputs_that_are_neither_tensor_nor_size_are_refused(value: Any):
+    assert f"input arg0_1 is a {type(value).__name__}, neither a tensor nor a size" in refusal_for(value, torch.ones(1))
+
+
+def test_inductors_own_reason_counts_on_cuda_only(monkeypatch: pytest.MonkeyPatch):
+    region = region_of(lambda x: x * 2, torch.randn(6, 4))
+    monkeypatch.setattr("cudagraph_backend.torch_internals.uncapturable_reason", lambda compiled: "cpu device")
+    assert complete(region, None).refusal is None
+    refusal = complete(replace(region, device=torch.device("cuda:0")), None).refusal
+    assert str(refusal) == "Inductor: cpu device"

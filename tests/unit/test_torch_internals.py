@@ -1,0 +1,294 @@
+"""The private names of torch that this package relies on: each does what we take it to do, in every torch we allow."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sympy
+import torch
+
+from cudagraph_backend import torch_internals
+from cudagraph_backend.region import evaluate
+from cudagraph_backend.torch_internals import (
+    CAN_MOVE_STORAGE,
+    Shapes,
+    addresses_equal,
+    current_step,
+    expr,
+    outside_inference_mode,
+    storage_users,
+    swap_memory,
+    with_allocator,
+)
+from tests.unit.test_analysis import captured
+
+# ------------------------------------------------------------------------------------------------ addresses
+
+
+def indexed_alike(tensors: list[Any], addresses: list[int], indices: list[int]) -> bool:
+    """As CUDA builds of torch do it in C++: one index for both lists."""
+    return all(tensors[i].data_ptr() == addresses[i] for i in indices)
+
+
+@pytest.fixture(params=["Python", "C++", "like C++"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way of comparing addresses, the C++ one also where this build of torch lacks it."""
+    if request.param == "C++" and torch_internals._ADDRESSES_EQUAL is None:
+        pytest.skip("this build of torch has no _tensors_data_ptrs_at_indices_equal")
+    if request.param != "C++":
+        monkeypatch.setattr(
+            torch_internals, "_ADDRESSES_EQUAL", {"Python": None, "like C++": indexed_alike}[request.param]
+        )
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [1, 3], [3], []])
+def test_addresses_are_equal_while_no_tensor_moves(indices: list[int]):
+    tensors = [torch.zeros(4) for _ in range(4)]
+    assert addresses_equal(tensors, [tensors[i].data_ptr() for i in indices], indices)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("moved", [1, 3])
+def test_addresses_differ_if_one_of_the_tensors_moves(moved: int):
+    tensors: list[Any] = [5, torch.zeros(4), 7, torch.zeros(4)]
+    addresses = [tensors[1].data_ptr(), tensors[3].data_ptr()]
+    tensors[moved] = torch.zeros(4)
+    assert not addresses_equal(tensors, addresses, [1, 3])
+
+
+@pytest.mark.usefixtures("variant")
+def test_only_the_tensors_asked_for_are_compared():
+    tensors: list[Any] = [torch.zeros(4), 7, torch.zeros(4)]
+    addresses = [tensors[2].data_ptr()]
+    tensors[0] = torch.zeros(4)
+    assert addresses_equal(tensors, addresses, [2])
+
+
+# ------------------------------------------------------------------------------------------------ storages
+
+
+@pytest.mark.skipif(not CAN_MOVE_STORAGE, reason="this torch has no UntypedStorage._swap_data_ptr_")
+def test_swapped_memory_takes_all_tensors_along():
+    first, second = torch.arange(4), torch.arange(4, 8)
+    view, addresses = first.view(2, 2)[1], (first.data_ptr(), second.data_ptr())
+    swap_memory(first.untyped_storage(), second.untyped_storage())
+    assert (second.data_ptr(), first.data_ptr()) == addresses
+    assert (first.tolist(), second.tolist(), view.tolist()) == ([4, 5, 6, 7], [0, 1, 2, 3], [6, 7])
+
+
+def test_torch_can_swap_memory_from_2_12_on():
+    assert (torch.__version__ >= torch.torch_version.TorchVersion("2.12")) == CAN_MOVE_STORAGE
+
+
+def test_every_tensor_on_a_storage_is_one_more_user():
+    tensor = torch.zeros(8)
+    cdata = tensor.untyped_storage()._cdata
+    alone = storage_users(cdata)
+    view, alias = tensor[2:], tensor.detach()
+    assert storage_users(cdata) == alone + 2
+    del view
+    assert storage_users(cdata) == alone + 1
+    del alias
+    assert storage_users(cdata) == alone
+
+
+def test_tensors_made_outside_of_inference_mode_can_be_saved_for_backward():
+    with torch.inference_mode():
+        with outside_inference_mode():
+            inner = torch.zeros(2)
+            assert not torch.is_grad_enabled()
+        assert torch.zeros(2).is_inference()
+    assert not inner.is_inference()
+    (torch.ones(2, requires_grad=True) * inner).sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def test_a_marked_step_is_a_new_step():
+    before = current_step()
+    assert current_step() == before
+    torch.compiler.cudagraph_mark_step_begin()
+    after = current_step()
+    assert after != before
+    torch.compiler.cudagraph_mark_step_begin()
+    assert current_step() not in (before, after)
+
+
+# ------------------------------------------------------------------------------------------------ generated code
+
+GENERATED = """
+class Runner:
+    def call(self, args):
+        (x,) = args
+        args.clear()
+        buffer = empty_strided_cpu((2, 3), (3, 1), float32)
+        buffer.copy_(x)
+        buffers.append(buffer)
+        return (buffer,)
+"""
+
+
+@pytest.fixture
+def generated() -> types.ModuleType:
+    """A module as Inductor generates it."""
+    module = types.ModuleType("generated_by_inductor")
+    module.__dict__.update(empty_strided_cpu=forbidden, float32=torch.float32, buffers=[])
+    exec(GENERATED, module.__dict__)
+    return module
+
+
+def forbidden(*args: Any) -> Any:
+    raise AssertionError("the module's own allocator was called")
+
+
+def compiled_by(module: types.ModuleType) -> SimpleNamespace:
+    return SimpleNamespace(compiled_fn_runner=module.Runner())
+
+
+def test_an_allocator_serves_one_region_and_leaves_the_shared_module_alone(generated: types.ModuleType):
+    asked, before = [], dict(generated.__dict__)
+
+    def allocate(*layout: Any) -> torch.Tensor:
+        asked.append(layout)
+        return torch.empty_strided(layout[0], layout[1], dtype=layout[2])
+
+    compiled = compiled_by(generated)
+    call = with_allocator(compiled, "cpu", allocate)
+    assert call is not None
+    x = torch.randn(2, 3)
+    (result,) = call([x])
+    assert torch.equal(result, x)
+    assert asked == [((2, 3), (3, 1), torch.float32)]
+    assert result is generated.buffers[0]  # other globals are still the module's
+    assert generated.__dict__ == before
+    with pytest.raises(AssertionError, match="own allocator"):
+        compiled.compiled_fn_runner.call([x])
+
+
+def test_two_regions_on_one_module_have_allocators_of_their_own(generated: types.ModuleType):
+    def allocator(value: float) -> Callable[..., torch.Tensor]:
+        return lambda size, stride, dtype: torch.full(size, value, dtype=dtype)
+
+    generated.__dict__["buffers"] = seen = []
+    first, second = (with_allocator(compiled_by(generated), "cpu", allocator(v)) for v in (1.0, 2.0))
+    assert first is not None
+    assert second is not None
+    results = [call([torch.zeros(())])[0].untyped_storage()._cdata for call in (first, second, first)]
+    assert len(set(results)) == len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [None, lambda args: args, SimpleNamespace(compiled_fn_runner=None), SimpleNamespace(compiled_fn_runner=sys)],
+)
+def test_code_that_is_not_generated_python_takes_no_allocator(compiled: Any):
+    assert with_allocator(compiled, "cpu", torch.empty_strided) is None
+
+
+def test_another_devices_code_takes_no_allocator(generated: types.ModuleType):
+    assert with_allocator(compiled_by(generated), "cuda", torch.empty_strided) is None
+
+
+# ------------------------------------------------------------------------------------------------ symbolic sizes
+
+
+def shapes_of(model: Callable[..., Any], rows: int, **bounds: int) -> tuple[Shapes, sympy.Symbol]:
+    """What torch knows of the first dim of a region's only argument, guards included."""
+    x = torch.randn(rows, 4)
+    torch._dynamo.mark_dynamic(x, 0, **bounds)
+    _, example_inputs = captured(model, x, dynamic=None)
+    symints = [i for i in example_inputs if isinstance(i, torch.SymInt)]
+    shapes = Shapes(symints)
+    shapes.freeze_guards()
+    return shapes, expr(symints[0])
+
+
+def admitted(shapes: Shapes, sizes: range) -> list[int]:
+    return [n for n in sizes if shapes.admits([n])]
+
+
+def test_a_graph_without_branches_admits_all_sizes():
+    shapes, symbol = shapes_of(lambda x: x * 2, 6)
+    assert admitted(shapes, range(2, 70)) == list(range(2, 70))
+    assert shapes.bounds(symbol) == (2, None)
+
+
+@pytest.mark.parametrize("rows", [16, 10])
+def test_a_graph_traced_under_divisibility_admits_sizes_that_share_it(rows: int):
+    shapes, _ = shapes_of(lambda x: x * 2 if x.shape[0] % 8 == 0 else x * 3, rows)
+    assert admitted(shapes, range(2, 34)) == [n for n in range(2, 34) if (n % 8 == 0) == (rows == 16)]
+
+
+@pytest.mark.parametrize("rows", [10, 30])
+def test_a_graph_traced_on_one_side_of_a_limit_stays_there(rows: int):
+    shapes, symbol = shapes_of(lambda x: x * 2 if x.shape[0] <= 20 else x * 3, rows)
+    lower, upper = shapes.bounds(symbol)
+    allowed = [n for n in admitted(shapes, range(2, 64)) if lower <= n <= (upper or 64)]
+    assert allowed == [n for n in range(2, 64) if (n <= 20) == (rows == 10)]
+
+
+def test_bounds_are_those_that_the_user_gave():
+    shapes, symbol = shapes_of(lambda x: x * 2, 6, min=3, max=40)
+    assert shapes.bounds(symbol) == (3, 40)
+
+
+def test_guards_are_those_at_the_time_of_freezing():
+    x = torch.randn(10, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    _, example_inputs = captured(lambda x: x * 2, x, dynamic=None)
+    symint = next(i for i in example_inputs if isinstance(i, torch.SymInt))
+    shapes = Shapes([symint])
+    assert shapes.admits([7])
+    assert symint.node.shape_env.evaluate_expr(sympy.Eq(expr(symint) % 2, 0))  # as Inductor may, while it compiles
+    shapes.freeze_guards()
+    assert admitted(shapes, range(2, 12)) == [2, 4, 6, 8, 10]
+
+
+def test_a_guard_on_two_sizes_is_checked_together():
+    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sum() + y.sum() if x.shape[0] < y.shape[0] else x.sum() - y.sum()
+
+    x, y = torch.randn(6), torch.randn(9)
+    _, example_inputs = captured(model, x, y)
+    shapes = Shapes([i for i in example_inputs if isinstance(i, torch.SymInt)])
+    shapes.freeze_guards()
+    assert shapes.admits([6, 9])
+    assert shapes.admits([8, 16])
+    assert not shapes.admits([16, 9])
+
+
+def test_a_region_without_symbols_admits_its_only_sizes():
+    shapes = Shapes([])
+    shapes.freeze_guards()
+    assert shapes.admits([])
+    assert shapes.parse("12") == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8*{s}", 72), ("{s}", 9), ("4", 4), ("2*{s} + 1", 19), ("4*({s}//2)", 16), ("{s}**2", 81)]
+)
+def test_expressions_in_text_are_read_back(text: str, value: int):
+    shapes, symbol = shapes_of(lambda x: x * 2, 6)
+    assert evaluate(shapes.parse(text.format(s=symbol)), {symbol: 9}) == value
+
+
+def test_an_int_is_an_expression():
+    assert expr(5) == sympy.Integer(5)
+    assert expr(5).free_symbols == frozenset()
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_inductors_settings_are_checked_by_inductor():
+    assert torch_internals.checked_inductor_options({"max-autotune": True}) == {"max_autotune": True}
+    assert "max_autotune" in torch_internals.inductor_option_names()
+    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
+        torch_internals.checked_inductor_options({"no_such_setting": 1})
