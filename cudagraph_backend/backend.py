@@ -105,9 +105,7 @@ class _FrameCompile:
             _raise_refusals(region)
         place = (kind, frame) if frame is not None else (kind, region.name)
         backend = self.backend
-        return torch_internals.boxed(
-            Replayer(region, compiled, self.options, place, backend.register, backend.device)
-        )
+        return torch_internals.boxed(Replayer(region, compiled, self.options, place, backend.register, backend.device))
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

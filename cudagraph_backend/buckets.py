@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+_LARGEST_BOUND_TO_PROVIDE_FOR = 8192
+
 CaptureSizes = tuple[int, ...] | Literal["auto"]
 
 
@@ -65,10 +67,11 @@ def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Calla
 def largest(capture_sizes: CaptureSizes, upper: int | None, bucket: int) -> int:
     """The size to provide memory for when ``bucket`` is captured: the largest there will be, as far as known.
 
-    Without a bound this is the next power of two, so that memory is moved only a few times while sizes grow.
+    Without a bound this is the next power of two, so that memory is moved only a few times while sizes grow. A very
+    large bound is no promise of the user's but a limit of some operator (65,535 blocks in a CUDA grid).
     """
     if capture_sizes != "auto":
         return max(bucket, max((s for s in capture_sizes if upper is None or s <= upper), default=bucket))
-    if upper is not None:
+    if upper is not None and upper <= _LARGEST_BOUND_TO_PROVIDE_FOR:
         return max(bucket, upper)
     return 1 << (bucket - 1).bit_length()

@@ -68,9 +68,7 @@ class Layout:
         return sum(self.range_nbytes)
 
 
-def observed_layout(
-    region: Region, outputs: Sequence[Any], args: Sequence[Any], values: Values
-) -> Layout | Refusal:
+def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any], values: Values) -> Layout | Refusal:
     """The layout of what one run at a bucket's sizes returned.
 
     Outputs that share a storage share a range. Returns a refusal if the run contradicts what the analysis expects.
@@ -90,11 +88,11 @@ def observed_layout(
             entries.append(Returned(identical[id(output)], None))
             continue
         if storage in static:
-            view = (tuple(output.shape), output.stride()), output.storage_offset()
+            view = (tuple(output.shape), output.stride()), int(output.storage_offset())
             entries.append(Returned(static[storage], view))
             continue
         number = ranges.setdefault(storage, len(ranges))
-        entries.append(Pooled(number, output.dtype, tuple(output.shape), output.stride(), output.storage_offset()))
+        entries.append(Pooled(number, output.dtype, tuple(output.shape), output.stride(), int(output.storage_offset())))
     return _layout(entries)
 
 
@@ -114,7 +112,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
 
 
 def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
-    """A refusal if the strides that Inductor stated are not those it returned (then views at other sizes are a guess)."""
+    """A refusal if the strides that Inductor stated are not those it returned: other sizes would be a guess then."""
     for index, (entry, known) in enumerate(zip(bucket.entries, region.outputs, strict=True)):
         if isinstance(entry, Pooled) and isinstance(known, TensorOutput) and known.stride is not None:
             stated = evaluate_all(known.stride, values)
@@ -126,7 +124,7 @@ def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | 
 def copy_out(layout: Layout, outputs: Sequence[Any], ranges: Sequence[OutputRange]) -> None:
     """Copy the results of a run into the pool (captured as part of the graph)."""
     targets, results = [], []
-    storages = [r.bytes(n).untyped_storage() for r, n in zip(ranges, layout.range_nbytes)]
+    storages = [r.bytes(n).untyped_storage() for r, n in zip(ranges, layout.range_nbytes, strict=False)]
     for entry, output in zip(layout.entries, outputs, strict=True):
         if isinstance(entry, Pooled) and output.numel():
             shape = reaching_once(entry.size, entry.stride)
@@ -142,7 +140,7 @@ def make_outputs(
     """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
     storages = [
         r.lend(nbytes, Loan(region, extents, step))
-        for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents)
+        for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents, strict=False)
     ]
     outputs: list[Any] = []
     for entry in layout.entries:

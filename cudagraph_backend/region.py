@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -13,6 +13,7 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import Shapes
 
 Kind = Literal["inference", "forward", "backward"]
+Role = Literal["static", "staged"]
 Values = Mapping[sympy.Symbol, int]
 
 
@@ -37,7 +38,7 @@ class TensorInput:
 
     index: int
     name: str
-    role: Literal["static", "staged"]
+    role: Role
     mutated: bool
     dtype: torch.dtype
     size: tuple[sympy.Expr, ...]
@@ -56,7 +57,7 @@ class SizeInput:
     dim: int | None
     size: sympy.Expr
 
-    def read(self, args: Sequence) -> int:
+    def read(self, args: Sequence[Any]) -> int:
         value = args[self.index]
         return value if self.dim is None else value.size(self.dim)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cudagraph_backend.backend import Backend
+from cudagraph_backend.dispatch import Bucket, Sizes
 from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.strides import extent
@@ -64,7 +66,7 @@ def stats_of(backend: Backend) -> Stats:
         rows_real=sum(r.counters.rows_real for r in replayers),
         rows_padded=sum(r.counters.rows_padded for r in replayers),
         output_pool_bytes=sum(d.pool.nbytes for d in backend.devices().values()),
-        sum_of_buckets_bytes=sum(_bucket_bytes(r) for r in replayers),
+        sum_of_buckets_bytes=sum(sum(_output_bytes(r)) for r in replayers),
         staging_bytes=sum(_staging_bytes(r) for r in replayers),
         memory_pool_bytes=sum(d.driver.scratch_nbytes() for d in backend.devices().values()),
         outputs_moved_out=sum(d.pool.moved_out for d in backend.devices().values()),
@@ -89,16 +91,16 @@ def _explain(replayer: Replayer) -> list[str]:
     if region.refusal is not None:
         lines.append(f"  not captured: {region.refusal}")
     lines += [f"  dim {_explain_dim(dim)}" for dim in region.dims]
-    if replayer.buckets:
-        lines.append(f"  buckets: {_bucket_sizes(replayer)}")
+    if captured := sorted(bucket.sizes for bucket in _buckets(replayer) if bucket.graphs):
+        lines.append(f"  buckets: {_bucket_sizes(replayer, captured)}")
     lines += [f"  ran uncaptured {count} times: {reason}" for reason, count in replayer.counters.fallbacks.items()]
-    counters = replayer.counters
+    counters, sizes = replayer.counters, _output_bytes(replayer)
     lines.append(
         f"  {_graph_count(replayer)} graphs, {counters.captures} captures, {counters.replays} replays, "
         f"rows {counters.rows_real} real + {counters.rows_padded} padded"
     )
     lines.append(
-        f"  outputs: {_largest_bytes(replayer)} bytes pooled, {_bucket_bytes(replayer)} as separate buckets; "
+        f"  outputs: {max(sizes, default=0)} bytes pooled, {sum(sizes)} as separate buckets; "
         f"staging: {_staging_bytes(replayer)} bytes"
     )
     return lines
@@ -112,28 +114,28 @@ def _explain_dim(dim: DynamicDim) -> str:
     return f"{sizes}: padded rows never reach real rows ({needs})"
 
 
-def _bucket_sizes(replayer: Replayer) -> str:
+def _bucket_sizes(replayer: Replayer, captured: Sequence[Sizes]) -> str:
     names = [str(s.size) for s in replayer.region.sizes]
-    captured = sorted(sizes for sizes, bucket in replayer.buckets.items() if bucket.graphs)
     if not names:
         return "one, for its fixed sizes"
     return ", ".join("×".join(map(str, sizes)) for sizes in captured) + f" ({'×'.join(names)})"
 
 
+def _buckets(replayer: Replayer) -> Collection[Bucket]:
+    return replayer.table.buckets.values() if replayer.table is not None else ()
+
+
 def _graph_count(replayer: Replayer) -> int:
-    return sum(len(bucket.graphs) for bucket in replayer.buckets.values())
+    return sum(len(bucket.graphs) for bucket in _buckets(replayer))
 
 
-def _bucket_bytes(replayer: Replayer) -> int:
-    return sum(b.layout.nbytes for b in replayer.buckets.values() if b.layout is not None)
-
-
-def _largest_bytes(replayer: Replayer) -> int:
-    return max((b.layout.nbytes for b in replayer.buckets.values() if b.layout is not None), default=0)
+def _output_bytes(replayer: Replayer) -> list[int]:
+    """Per captured bucket, the bytes of its outputs."""
+    return [bucket.layout.nbytes for bucket in _buckets(replayer) if bucket.layout is not None]
 
 
 def _staging_bytes(replayer: Replayer) -> int:
-    return replayer.staging.nbytes if replayer.staging is not None else 0
+    return replayer.table.staging.nbytes if replayer.table is not None else 0
 
 
 @dataclass(frozen=True, slots=True)

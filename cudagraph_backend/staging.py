@@ -5,7 +5,7 @@ All buckets of a region share one buffer per staged input; a bucket is a view of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from cudagraph_backend.options import Fill
 from cudagraph_backend.region import TensorInput, Values, evaluate_all
 from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once
 from cudagraph_backend.torch_internals import outside_inference_mode
+
 
 def shape_at(tensor: TensorInput, values: Values) -> Shape:
     return evaluate_all(tensor.size, values), evaluate_all(tensor.stride, values)
@@ -51,6 +52,13 @@ def stage(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
                 padded.copy_(value)
             else:
                 padded.fill_(value)
+
+
+def write_back(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor], mutated: Collection[int]) -> None:
+    """Staged arguments that the region wrote in place: their real rows go back to the caller's tensor."""
+    for copy in copies:
+        if copy.index in mutated:
+            copy.argument(args[copy.index]).copy_(copy.real)
 
 
 class StagingBuffers:

@@ -37,7 +37,7 @@ def compile_regions(
     """
     patches = {**patches, "triton.cudagraphs": False}
     with functorch_config.patch(enable_autograd_cache=False, bundled_autograd_cache=False):
-        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)  # type: ignore[arg-type]
 
 
 def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -170,11 +170,11 @@ def storage_users(cdata: int) -> int:
 _ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # CUDA builds only
 
 
-def addresses_equal(tensors: list[Any], addresses: list[int], indices: list[int]) -> bool:
-    """Whether the tensors at ``indices`` are still at ``addresses``."""
+def addresses_equal(tensors: list[Any], addresses: list[int | None], indices: list[int]) -> bool:
+    """Whether the tensors at ``indices`` are at their ``addresses`` (a list as long as ``tensors``)."""
     if _ADDRESSES_EQUAL is not None:
         return _ADDRESSES_EQUAL(tensors, addresses, indices)
-    return all(tensors[i].data_ptr() == a for i, a in zip(indices, addresses, strict=True))
+    return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
 CAN_MOVE_STORAGE = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # since torch 2.12
@@ -182,7 +182,7 @@ CAN_MOVE_STORAGE = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # since tor
 
 def swap_memory(first: torch.UntypedStorage, second: torch.UntypedStorage) -> None:
     """Exchange the memory under two storages of equal size and device; every tensor on them follows."""
-    first._swap_data_ptr_(second)
+    first._swap_data_ptr_(second)  # type: ignore[attr-defined]
 
 
 def clear_cublas_workspaces() -> None:

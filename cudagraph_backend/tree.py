@@ -24,11 +24,12 @@ _SETS = 1 if can_move_out() else 4
 class CapturedGraph:
     """A graph, and the addresses that it was captured with.
 
-    ``static_addresses`` are those of the region's static inputs, ``offsets`` those of its output ranges in the pool.
+    ``static_addresses`` has the address of each static argument (``None`` for any other), ``offsets`` those of the
+    output ranges in the pool.
     """
 
     graph: Graph
-    static_addresses: list[int]
+    static_addresses: list[int | None]
     offsets: list[int]
 
     def fits(self, ranges: Ranges) -> bool:

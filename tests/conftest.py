@@ -8,7 +8,9 @@ import tempfile
 import weakref
 
 # One Inductor cache for all workers of a run: equal regions are compiled once.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sharedgraph_tests_{os.getuid()}"))
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"sharedgraph_tests_{os.getuid()}")
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -24,10 +26,10 @@ def nothing_left_behind():
     yield
     gc.collect()
     held = [weakref.ref(part) for d in sharedgraph.devices().values() for part in (d, d.driver, d.pool)]
-    held += [weakref.ref(b) for r in sharedgraph.regions() if r.staging for b in r.staging.buffers()]
+    held += [weakref.ref(b) for r in sharedgraph.regions() if r.table for b in r.table.staging.buffers()]
     torch._dynamo.reset()
     gc.collect()
     assert not sharedgraph.regions()
     assert not sharedgraph.devices()
-    left = [ref() for ref in held if ref() is not None]
+    left = [type(ref()).__name__ for ref in held if ref() is not None]
     assert not left, f"alive after torch._dynamo.reset(): {left}"

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Graph
 
-from cudagraph_backend.region import SizeInput, TensorInput
+from cudagraph_backend.region import Role, SizeInput, TensorInput
 from cudagraph_backend.torch_internals import expr
 
 
@@ -23,7 +23,7 @@ def tensor_inputs(
             continue
         size, stride = tuple(map(expr, value.shape)), tuple(map(expr, value.stride()))
         is_dynamic = any(e.free_symbols for e in (*size, *stride))
-        role = "static" if index in static and not is_dynamic else "staged"
+        role: Role = "static" if index in static and not is_dynamic else "staged"
         inputs.append(TensorInput(index, str(node.target), role, index in mutated, value.dtype, size, stride))
     return tuple(inputs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -12,7 +13,7 @@ from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.region import DynamicDim, TensorOutput
 from cudagraph_backend.torch_internals import Shapes, expr
 
-Output = TensorOutput | sympy.Expr | None
+Output: TypeAlias = TensorOutput | sympy.Expr | None
 
 
 def graph_outputs(graph: Graph) -> tuple[Output, ...]:

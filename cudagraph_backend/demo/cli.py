@@ -15,7 +15,7 @@ import torch
 from cudagraph_backend.demo import DemoError, report, ways, workload
 
 DESCRIPTION = """\
-Serves one seeded stream of requests, whose batch size changes between 1 and 64 from request to request, in every
+Serves one seeded stream of requests, whose batch size changes between 1 and 64 (small ones are more common), in every
 way: eager, inductor (plain torch.compile), reduce-overhead (PyTorch's own CUDA graphs; only on CUDA) and sharedgraph.
 
 Eager gives the reference results. Each other way starts clean and serves the stream untimed first (it compiles and

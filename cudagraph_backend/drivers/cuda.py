@@ -99,9 +99,22 @@ class _CudaBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPool:
+    """The memory pool of all captures. ``anchor``, a graph of its own, keeps the allocators from giving it up."""
+
+    pool: torch.cuda.MemPool
+    anchor: torch.cuda.CUDAGraph
+
+    @property
+    def handle(self) -> Any:
+        """As ``CUDAGraph.capture_begin`` takes it."""
+        return self.pool.id
+
+
+@dataclass(frozen=True, slots=True)
 class CudaGraph:
     graph: torch.cuda.CUDAGraph
-    pool: torch.cuda.MemPool  # must outlive the graph
+    memory: MemoryPool  # must outlive the graph
 
     def replay(self) -> None:
         self.graph.replay()
@@ -113,7 +126,7 @@ class CudaDriver:
     def __init__(self, device: torch.device):
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.MemPool()
+        self._memory: MemoryPool | None = None
 
     def new_memory(self) -> CudaMemory:
         return CudaMemory(self.device)
@@ -123,52 +136,61 @@ class CudaDriver:
 
     def run_once(self, run: Callable[[], T]) -> T:
         """Run on the capture stream, with the memory pool, so that capture finds the blocks of scratch it needs."""
-        with self._on_capture_stream(), torch.cuda.use_mem_pool(self._pool, self.device):
-            result = run()
+        with self._on_capture_stream():
+            pool = self._open_pool().pool
+            with torch.cuda.use_mem_pool(pool, self.device):
+                result = run()
         clear_cublas_workspaces()
         return result
 
     def capture(self, run: Callable[[], None]) -> CudaGraph:
-        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         with self._on_capture_stream(), _collector_off():
+            memory = self._open_pool()
             # cuBLAS workspaces from before are not in the memory pool; those made during capture must not stay in it.
             clear_cublas_workspaces()
-            graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(memory.handle, "thread_local")
             try:
                 run()
                 clear_cublas_workspaces()
                 graph.capture_end()
-            except Exception as error:
-                self._abort(graph)
-                raise CaptureError(f"{type(error).__name__}: {error}") from error
-            except BaseException:
-                self._abort(graph)
+            except BaseException as error:
+                self._abort(graph, memory)
+                if isinstance(error, Exception):
+                    raise CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
                 raise
-        return CudaGraph(graph, self._pool)
+        return CudaGraph(graph, memory)
 
-    def _abort(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that went wrong, and make allocator and random number generator usable again.
+    def _abort(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool) -> None:
+        """End a capture that went wrong, and make the allocators and the random number generator usable again.
 
-        The memory pool may still be in the state of being captured to, so later captures get a new one; graphs that
-        exist keep theirs.
+        The memory pool may stay in the state of being captured to, so later captures get a new one; graphs that exist
+        keep theirs. Opening it ends with a successful capture, which takes the generator out of its capturing state.
         """
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
-        end_failed_capture(self.device, self._pool.id)
-        self._pool = torch.cuda.MemPool()
-        # A generator leaves its capturing state at the end of a capture that succeeds (torch 2.11).
-        scrap = torch.zeros(1, device=self.device)
-        clean = torch.cuda.CUDAGraph()
-        clean.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
-        scrap.add_(1)
-        clean.capture_end()
+        end_failed_capture(self.device, memory.pool.id)
+        self._memory = None
+        self._open_pool()
+
+    def _open_pool(self) -> MemoryPool:
+        """The memory pool, made at the first use, on the capture stream."""
+        if self._memory is None:
+            pool, anchor, scrap = torch.cuda.MemPool(), torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
+            torch.cuda.synchronize(self.device)
+            memory = MemoryPool(pool, anchor)
+            anchor.capture_begin(memory.handle, "thread_local")
+            scrap.add_(1)  # an empty graph would be warned about; this one is never replayed
+            anchor.capture_end()
+            self._memory = memory
+        return self._memory
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
     def scratch_nbytes(self) -> int:
-        return sum(segment["total_size"] for segment in self._pool.snapshot())
+        return sum(s["total_size"] for s in self._memory.pool.snapshot()) if self._memory is not None else 0
 
     @contextlib.contextmanager
     def _on_capture_stream(self) -> Iterator[None]:

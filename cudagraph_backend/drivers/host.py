@@ -79,5 +79,5 @@ class HostDriver:
 
 def _poisoned(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     buffer = torch.empty_strided(size, stride, dtype=dtype)
-    buffer.untyped_storage().fill_(0xFF)
+    torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage()).fill_(0xFF)
     return buffer

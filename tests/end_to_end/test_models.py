@@ -20,6 +20,7 @@ def test_100_batches_of_random_size_equal_eager(name, device):
             assert len(got) == len(expected) > 0
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            del got, a  # a live output would have to be moved, or take a second range
     stats = sg.stats()
     assert stats.replays == 100
     assert stats.rows_padded > 0

@@ -113,7 +113,9 @@ def test_upper_guard_excludes_a_bucket(device):
 
 
 def test_sizes_above_the_largest_run_the_compiled_region(device):
-    check(lambda x: x * 2, lambda n: (torch.randn(n, 4, device=device),), sizes=(5, 7, 30, 31, 9), capture_sizes=[8, 16])
+    check(
+        lambda x: x * 2, lambda n: (torch.randn(n, 4, device=device),), sizes=(5, 7, 30, 31, 9), capture_sizes=[8, 16]
+    )
     fallbacks = sg.stats().fallbacks
     assert sum(fallbacks.values()) == 2
     assert "no bucket" in next(iter(fallbacks))

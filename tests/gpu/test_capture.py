@@ -36,7 +36,9 @@ def test_replay_is_one_graph_launch(device):
     compiled = torch.compile(nn.Linear(256, 256).to(device), backend="sharedgraph")
     list(_serve(compiled, device, (64, 40)))
     x = torch.randn(64, 256, device=device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
         with torch.no_grad():
             compiled(x)
         torch.cuda.synchronize()

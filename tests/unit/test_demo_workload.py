@@ -28,6 +28,11 @@ def test_row_counts_repeat_with_the_seed_and_reach_both_bounds():
     assert (min(rows), max(rows)) == (1, workload.MAX_ROWS)
 
 
+def test_small_batches_are_as_common_as_large_ones():
+    rows = workload.row_counts(5000, seed=0)
+    assert sum(n < 8 for n in rows) / 5000 == pytest.approx(0.5, abs=0.03)
+
+
 def test_a_shorter_stream_is_the_start_of_a_longer_one():
     assert workload.row_counts(5, seed=0) == workload.row_counts(50, seed=0)[:5]
 

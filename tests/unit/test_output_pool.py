@@ -22,7 +22,7 @@ needs_move = pytest.mark.skipif(not can_move_out(), reason="this torch can't exc
 
 def output_on(taken: OutputRange, nbytes: int) -> torch.Tensor:
     """A tensor as a call returns it: on the range's storage, and no view of the range's own tensor."""
-    storage = taken.lend(nbytes, LOAN).untyped_storage()
+    storage = taken.lend(nbytes, LOAN)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (nbytes,), (1,))
 
 
@@ -252,9 +252,9 @@ def test_the_pool_does_not_move_when_it_grows(pool: OutputPool):
 
 def test_storages_are_made_once_per_size(pool: OutputPool):
     taken = pool.allocate(64)
-    seen = {taken.lend(nbytes, LOAN).untyped_storage()._cdata for nbytes in (64, 32, 64, 32)}
+    seen = {taken.lend(nbytes, LOAN)._cdata for nbytes in (64, 32, 64, 32)}
     assert len(seen) == 2
-    assert taken.lend(32, LOAN).nbytes == 32
+    assert taken.lend(32, LOAN).nbytes() == 32
 
 
 def test_bytes_and_lent_storage_are_the_same_memory(pool: OutputPool):
@@ -288,7 +288,7 @@ def test_whatever_holds_the_storage_keeps_it_alive(pool: OutputPool, holder: str
 
 def test_an_output_saved_for_backward_is_alive(pool: OutputPool):
     taken = pool.allocate(16)
-    output = torch.empty(0).set_(taken.lend(16, LOAN).untyped_storage(), 0, (4,), (1,)).fill_(3.0)
+    output = torch.empty(0).set_(taken.lend(16, LOAN), 0, (4,), (1,)).fill_(3.0)
     weight = torch.ones(4, requires_grad=True)
     loss = (weight * output).sum()
     del output
@@ -323,7 +323,7 @@ def test_addresses_outside_of_all_ranges_lead_nowhere(pool: OutputPool):
 @needs_move
 def test_a_moved_output_takes_its_views_along(pool: OutputPool):
     taken = pool.allocate(64)
-    output = torch.empty(0).set_(taken.lend(64, LOAN).untyped_storage(), 0, (4, 4), (4, 1))
+    output = torch.empty(0).set_(taken.lend(64, LOAN), 0, (4, 4), (4, 1))
     output.copy_(torch.arange(16.0).view(4, 4))
     column, expected = output.t()[1], output.clone()
     taken.move_out()
@@ -355,10 +355,11 @@ def test_after_moving_out_the_range_is_free_and_can_be_lent_again(pool: OutputPo
 def test_an_output_moved_in_inference_mode_can_be_used_outside_of_it(pool: OutputPool):
     taken = pool.allocate(16)
     with torch.inference_mode():
-        output = torch.empty(0).set_(taken.lend(16, LOAN).untyped_storage(), 0, (4,), (1,)).fill_(2.0)
+        output = torch.empty(0).set_(taken.lend(16, LOAN), 0, (4,), (1,)).fill_(2.0)
         taken.move_out()
-        again = taken.lend(16, LOAN)
-    assert not again.is_inference()
+        taken.lend(16, LOAN)
+    taken.bytes(16).fill_(0xFF)
+    assert not taken.bytes(16).is_inference()
     assert torch.equal(output, torch.full((4,), 2.0))
 
 

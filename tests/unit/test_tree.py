@@ -33,7 +33,7 @@ def unmovable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def output_on(taken: OutputRange, value: int) -> torch.Tensor:
-    storage = taken.lend(64, Loan("region 0", ((0, 0, 64),), (0, 0))).untyped_storage()
+    storage = taken.lend(64, Loan("region 0", ((0, 0, 64),), (0, 0)))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (64,), (1,)).fill_(value)
 
 

@@ -94,6 +94,11 @@ class Operand:
         """The dim that carries the rows, if there are any."""
         return None if self.rows is None else self.rows.dim
 
+    @property
+    def place(self) -> int | None:
+        """The row dim counted from the end, as broadcasting aligns dims: ``-1`` is the last."""
+        return None if self.rows is None else self.rows.dim - len(self.shape)
+
     def holds(self, fact: Fact) -> bool:
         """Whether the padded rows hold ``fact``; without rows there are none that could break it."""
         return self.rows is None or bool(self.rows.holds & fact)

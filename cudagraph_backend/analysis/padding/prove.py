@@ -161,8 +161,7 @@ class _Walk:
             return target.rows and Rows(target.rows.dim, target.rows.per)
         if target.rows is FREE:
             raise RefusePadding("padded rows would be written into an input free of rows")
-        from_end = source.rows.dim - len(source.shape), source.rows.count, source.rows.together
-        if from_end != (target.rows.dim - len(target.shape), target.rows.count, True):
+        if (source.place, source.rows.count, source.rows.together) != (target.place, target.rows.count, True):
             raise RefusePadding("rows from other places are written into an input's rows")
         return Rows(target.rows.dim, target.rows.per)
 

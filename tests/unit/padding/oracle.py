@@ -104,19 +104,20 @@ def region(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Region:
     return only
 
 
-def traced(function: Callable[..., Any], *args: torch.Tensor, dims: Sequence[int | None]) -> Region:
-    """The region of ``function`` with one dynamic dim per argument, or None, traced without Dynamo: quick."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [mode.from_tensor(arg, symbolic_context=_context(arg, dim)) for arg, dim in zip(args, dims, strict=True)]
+def traced(function: Callable[..., Any], *args: torch.Tensor, decompose: bool = True) -> Region:
+    """The region of ``function`` traced without Dynamo: quick, and if asked for, with operators left as they are."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(arg, symbolic_context=_context(arg)) for arg in args]
     with mode, torch.no_grad():
-        module = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+        module = make_fx(function, decomposition_table=select_decomp_table() if decompose else {})(*fakes)
     module.graph.eliminate_dead_code()
     module.recompile()
     return Region(module, args)
 
 
-def _context(arg: torch.Tensor, dynamic_dim: int | None) -> StatelessSymbolicContext:
-    kinds = [DimDynamic.DUCK if dim == dynamic_dim else DimDynamic.STATIC for dim in range(arg.ndim)]
+def _context(arg: torch.Tensor) -> StatelessSymbolicContext:
+    marked = getattr(arg, "_dynamo_dynamic_indices", ())
+    kinds = [DimDynamic.DUCK if dim in marked else DimDynamic.STATIC for dim in range(arg.ndim)]
     return StatelessSymbolicContext(dynamic_sizes=kinds)
 
 

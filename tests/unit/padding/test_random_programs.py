@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.padding.oracle import Region, refute, traced
+from tests.unit.padding.oracle import Region, dynamic, refute, traced
 
 Value = torch.Tensor
 
@@ -132,11 +132,11 @@ def trace(chosen: list[tuple[str, int, int, int, int]], row_dim: int) -> Region:
     shape.insert(row_dim, 5)
     x, y = torch.randn(2, *shape, dtype=torch.float64)
     table, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
-    inputs = (x, y, torch.randint(0, 3, (5,)), table, weight)
-    return traced(program(chosen), *inputs, dims=[row_dim, row_dim, 0, None, None])
+    indices = dynamic(torch.randint(0, 3, (5,)))
+    return traced(program(chosen), dynamic(x, row_dim), dynamic(y, row_dim), indices, table, weight)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs, st.integers(0, 1), st.sampled_from(["replica", "zero"]))
 def check(chosen, row_dim, fill):
     region = trace(chosen, row_dim)

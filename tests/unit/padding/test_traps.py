@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.padding.oracle import dynamic, refute, region
+from tests.unit.padding.oracle import dynamic, refute, region, traced
 
 Function = Callable[..., Any]
 TABLE = torch.arange(24.0).reshape(6, 4)
@@ -104,6 +104,10 @@ ANYTHING: dict[str, tuple[Function, list[Callable[[], torch.Tensor]]]] = {
         lambda x: (x.reshape(-1, 4) + x.new_ones(3 * x.shape[1], 4)).reshape(3, -1, 4),
         [lambda: second(4)],
     ),
+    "merged rows with an expanded table": (
+        lambda x: (x.reshape(-1, 4) + TABLE[0].expand(3 * x.shape[1], 4)).reshape(3, -1, 4),
+        [lambda: second(4)],
+    ),
     "chunk columns": (lambda x: x.chunk(2, -1)[1] * 2, [rows]),
     "unbind columns": (lambda x: x.unbind(1)[2] * 2, [rows]),
     "repeat columns": (lambda x: x.repeat(1, 2), [rows]),
@@ -159,7 +163,7 @@ REPLICA: dict[str, tuple[Function, list[Callable[[], torch.Tensor]]]] = {
     "own row, chosen column": (own_row, [rows, lambda: ids(high=4)]),
     "scatter columns": (lambda x, i: x.scatter(1, i, 2.0), [rows, lambda: ids(2, high=4)]),
     "scatter add columns": (lambda x, i: x.scatter_add(1, i, x[:, :2]), [rows, lambda: ids(2, high=4)]),
-    "one hot": (lambda i: F.one_hot(i, 6), [ids]),
+    "one hot": (lambda i: i.new_zeros(i.shape[0], 6).scatter(1, i[:, None], 1), [ids]),
     "write own row": (write_own_row, [rows, lambda: ids(high=4)]),
     "write cache": (write_cache, [lambda: torch.zeros(6, 4), ids, rows]),
     "amax": (lambda x: x / x.amax(0), [rows]),
@@ -211,6 +215,12 @@ REFUSED: dict[str, tuple[Function, list[Callable[[], torch.Tensor]], str]] = {
     "last row": (lambda x: x[-1], [rows], "aten.select"),
     "pad rows": (lambda x: torch.constant_pad_nd(x, (0, 0, 1, 0)), [rows], "aten.constant_pad_nd"),
     "backward scan": (lambda x: x.flip(0).cumsum(0).flip(0), [rows], "prims.rev"),
+    "maximum after a scan": (lambda x: x.cumsum(0).amax(0), [rows], "aten.amax"),
+    "maximum after numbering": (lambda x: (x + torch.arange(x.shape[0])[:, None]).amax(0), [rows], "aten.amax"),
+    "maximum after a triangle": (lambda x: x.tril().amax(0), [rows], "aten.amax"),
+    "maximum of a table's first rows": (lambda x: (x + TABLE[: x.shape[0]]).amax(0), [rows], "aten.amax"),
+    "any of rounded floats": (lambda x: (x.exp() > 1).any(), [rows], "aten.any"),
+    "places from rounded floats": (lambda x: TABLE.index_put((x.argmax(1),), x), [rows], "aten.index_put"),
     "sort": (lambda x: x.sort(0)[0], [rows], "aten.sort"),
     "topk": (lambda x: x.topk(2, 0)[0], [rows], "aten.topk"),
     "max with places": (lambda x: x.max(0), [rows], ""),
@@ -224,11 +234,21 @@ REFUSED: dict[str, tuple[Function, list[Callable[[], torch.Tensor]], str]] = {
         [lambda: dynamic(torch.randn(2, 3, 5), 2)],
         "aten.convolution",
     ),
+    "convolve rows at one size": (
+        lambda x: F.conv1d(x, torch.ones(1, 3, 3), padding=1),
+        [lambda: dynamic(torch.randn(2, 3, 5), 2)],
+        "aten.convolution",
+    ),
     "row number indexes a table": (lambda x: x + TABLE[torch.arange(x.shape[0])], [rows], "aten.index"),
     "rows by number": (lambda x, i: x[i], [rows, lambda: ids(high=2)], "aten.index"),
     "rows by fixed number": (lambda x: x[CONSTANT], [rows], "aten.index"),
     "rows picked": (lambda x, i: x.index_select(0, i), [rows, lambda: ids(high=2)], "aten.index"),
     "mask": (lambda x: x[x > 0].sum(), [rows], ""),
+    "write a scan into a cache": (
+        lambda x, i: TABLE.index_put((i,), x.cumsum(0)),
+        [rows, ids],
+        "aten.index_put",
+    ),
     "add to cache": (add_to_cache, [lambda: torch.zeros(6, 4), ids, rows], "aten.index_put"),
     "index add": (lambda x, i: TABLE.index_add(0, i, x), [rows, ids], "aten.index_put"),
     "all rows written by each": (
@@ -274,3 +294,23 @@ def test_refused_with_operator_and_source_line(name):
     assert verdict.refusal is not None
     assert op in verdict.refusal.op
     assert "test_traps.py" in verdict.refusal.source
+
+
+#: Traced without Dynamo these fix the size (some with torch before 2.13 only), or write before the end.
+ONLY_BY_DYNAMO = {"bmm", "input written in place", "linear of merged rows", "pad columns", "pad rows", "upsample"}
+
+
+@pytest.mark.parametrize("name", sorted({*ANYTHING, *REPLICA} - ONLY_BY_DYNAMO))
+def test_safe_before_decompositions(name):
+    """The same with operators that Inductor decomposes today and may not tomorrow."""
+    function, inputs = (ANYTHING | REPLICA)[name]
+    found = traced(function, *(make() for make in inputs), decompose=False)
+    verdict = found.prove()
+    assert verdict.refusal is None, str(verdict.refusal)
+    assert refute(found, verdict) is None
+
+
+@pytest.mark.parametrize("name", sorted({*REFUSED} - ONLY_BY_DYNAMO))
+def test_refused_before_decompositions(name):
+    function, inputs, _ = REFUSED[name]
+    assert traced(function, *(make() for make in inputs), decompose=False).prove().refusal is not None

@@ -93,6 +93,8 @@ def test_zero_fill_makes_sums_over_rows_exact(function):
         lambda x: x.amax(0),
         lambda x: x.mean(0),
         lambda x: torch.where(x > 0, x, 1.0).sum(),
+        lambda x: F.pad(x, (1, 1), value=1.0).sum(),
+        lambda x: CONSTANT[:1].expand(x.shape[0], 4).sum(),
     ],
 )
 def test_zero_fill_does_not_survive(function):

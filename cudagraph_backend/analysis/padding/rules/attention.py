@@ -32,7 +32,7 @@ def attention(call: Call) -> Results:
 
 def _causal(call: Call, key: Operand, value: Operand) -> Results:
     """A query sees no later key. Kernels multiply later values by zero, so they must not be NaN or infinite."""
-    if not key.rows.together:
+    if key.rows and not key.rows.together:
         raise RefusePadding("padded keys come before real queries")
     if not (key.holds(Fact.REPLICA) and value.holds(Fact.REPLICA)):
         raise RefusePadding("zero weights meet padded rows that may not be finite")
@@ -59,4 +59,4 @@ def attention_backward(call: Call) -> Results:
 
 
 def _letter(operand: Operand, letters: str) -> str | None:
-    return letters[operand.rows.dim - len(operand.shape)] if operand.rows else None
+    return None if operand.place is None else letters[operand.place]

@@ -40,8 +40,8 @@ def _contract(call: Call, added: Operand | None) -> Results:
     *factors, result = _LETTERS[call.node.target._schema.name]  # type: ignore[union-attr]
     operands = {letters: call[name] for name, letters in map(str.split, factors)}
     letters = {letters[operand.rows.dim] for letters, operand in operands.items() if operand.rows}
-    if added is not None and added.rows:
-        letters.add(result[added.rows.dim - len(added.shape)])
+    if added is not None and added.place is not None:
+        letters.add(result[added.place])
     if len(letters) > 1:
         raise RefusePadding("rows along different dims meet")
     if letters <= set(result):

@@ -32,8 +32,8 @@ def _over_last(count: int, *operators: str) -> None:
 
     @rule(*operators)
     def over_last_dims(call: Call) -> Results:
-        places = {o.row_dim - len(o.shape) for o in call.operands if o.rows}
-        if len(places) != 1 or max(places) >= -count or not all(o.rows for o in call.operands):
+        places = {operand.place for operand in call.operands}
+        if len(places) != 1 or not all(place is not None and place < -count for place in places):
             raise RefusePadding("works over the padded rows")
         several = isinstance(call.node.meta["val"], (list, tuple))
         return call.each(Fact.REPLICA) if several else call.keep(Fact.REPLICA)

@@ -148,8 +148,8 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
 
 def _is_own(index: Operand, operand: Operand) -> None:
     """Rows may be picked by number only if each row picks itself."""
-    own = index.rows is not FREE and index.rows.together and index.holds(Fact.OWN_INDEX)
-    if not own or not operand.rows.together or operand.rows.per != 1:
+    picked, own = operand.rows, index.rows
+    if not (own and own.together and own.holds & Fact.OWN_INDEX and picked and picked.together and picked.per == 1):
         raise RefusePadding("picks rows by numbers", _symbols(index.shape))
 
 
@@ -164,7 +164,7 @@ def _stays_inside(index: Operand, size: sympy.Expr) -> None:
 
 def _same_rows(operand: Operand, other: Operand) -> None:
     if operand.rows is FREE or other.rows is FREE:
-        dim = (operand.rows or other.rows).dim
+        dim = (operand.row_dim or 0) if other.row_dim is None else other.row_dim
         link = operand.shape[dim].free_symbols | other.shape[dim].free_symbols
         raise RefusePadding("rows meet a dim of another size", link)
     if operand.rows.dim != other.rows.dim or operand.rows.count != other.rows.count:

@@ -45,7 +45,7 @@ _DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.")
 )
 def pointwise(call: Call) -> Results:
     """Row by row, if all rows meet at the same dim."""
-    places = {operand.row_dim - len(operand.shape) for operand in call.operands if operand.rows}
+    places = {operand.place for operand in call.operands} - {None}
     if len(places) > 1:
         raise RefusePadding("rows along different dims meet")
     _check_division(call)

@@ -102,4 +102,4 @@ def over_rows(call: Call) -> bool:
     operand, dims = call.operands[0], call["dim"]
     if dims is None or dims == []:
         return True
-    return operand.row_dim in map(operand.dim, [dims] if isinstance(dims, int) else dims)
+    return operand.row_dim in [operand.dim(dim) for dim in ([dims] if isinstance(dims, int) else dims)]

@@ -75,7 +75,7 @@ def repeat(call: Call) -> Results:
     operand, repeats = call.only("self"), call["repeats"]
     if operand.rows is FREE:
         return in_order(call.keep(Fact.REPLICA))
-    if depends_on_size(repeats) or repeats[operand.rows.dim - len(operand.shape)] != 1:
+    if depends_on_size(repeats) or repeats[operand.place] != 1:
         raise RefusePadding("repeats the rows")
     return call.keep(Fact.ALL)
 
@@ -151,23 +151,23 @@ def split(call: Call) -> Results:
 def cat(call: Call) -> Results:
     """Joined along another dim, the rows stay aligned; joined end to end, they become blocks."""
     operands: list[Operand] = call["tensors"]
-    if {operand.row_dim for operand in operands} != {operands[0].row_dim}:
+    rows = [operand.rows for operand in operands if operand.rows]
+    if len(rows) < len(operands) or len({one.dim for one in rows}) > 1:
         raise RefusePadding("rows along different dims meet")
     new_dim = str(call.node.target).startswith("aten.stack")
-    if call["dim"] % (len(operands[0].shape) + new_dim) != operands[0].row_dim or new_dim:
+    if new_dim or operands[0].dim(call["dim"]) != rows[0].dim:
         return call.keep(Fact.REPLICA | Fact.ZERO)
-    per = {operand.rows.per for operand in operands}
-    if len(per) != 1:
+    if len({one.per for one in rows}) > 1:
         raise RefusePadding("joins rows of different length end to end")
-    blocks = sum(operand.rows.count for operand in operands) / operands[0].rows.per
-    return Rows(operands[0].rows.dim, *per, common(*operands) & ~Fact.OWN_INDEX, blocks)
+    blocks = sum(one.count for one in rows) / rows[0].per
+    return Rows(rows[0].dim, rows[0].per, common(*operands) & ~Fact.OWN_INDEX, blocks)
 
 
 @rule("aten::flip", "aten::roll", "prims::rev")
 def reorder(call: Call) -> Results:
     """Rows may not move to another place."""
     operand, dims = call.operands[0], call["dims"]
-    if not dims or operand.row_dim in map(operand.dim, dims):
+    if not dims or operand.row_dim in [operand.dim(dim) for dim in dims]:
         raise RefusePadding("moves the rows to other places")
     return call.keep(Fact.ALL)
 

@@ -1,0 +1,190 @@
+"""Dispatch: sizes of a call -> plan -> bucket -> graph. All that one region holds on its device hangs off its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cudagraph_backend import buckets
+from cudagraph_backend.devices import Device
+from cudagraph_backend.drivers import Graph
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Fill, Options
+from cudagraph_backend.outputs import Layout, layout_at
+from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
+from cudagraph_backend.staging import StagedCopy, StagingBuffers, shape_at, staged_copy
+from cudagraph_backend.torch_internals import Compiled, addresses_equal
+from cudagraph_backend.tree import CapturedGraph, Ranges
+
+Sizes = tuple[int, ...]
+
+_LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
+_TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
+_STATIC_INPUTS_MOVE = Refusal("static inputs keep moving to new addresses")
+_ADDRESSES_PER_BUCKET = 64  # a loop over layers calls one region with as many sets of parameters
+
+
+@dataclass(slots=True)
+class Bucket:
+    """One combination of capture sizes of a region, and its graphs: one per set of addresses.
+
+    ``args`` holds sizes and staging buffers by argument, ``None`` where the call's own (static) argument goes.
+    ``layout`` is observed at the first capture.
+    """
+
+    sizes: Sizes
+    args: list[Any]
+    layout: Layout | None = None
+    graphs: list[CapturedGraph] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Plan:
+    """All that is decided for one combination of real sizes."""
+
+    sizes: Sizes
+    bucket: Bucket
+    copies: tuple[StagedCopy, ...]
+    rows_real: int
+    rows_padded: int
+    layout: Layout | None = None
+
+
+class Table:
+    """The plans, buckets, staging buffers and place of one region."""
+
+    def __init__(self, region: Region, options: Options, device: Device, place: Hashable, compiled: Compiled):
+        self.region = region
+        self.device = device
+        self.place = device.place(place)
+        self.run = device.driver.prepare(compiled)
+        self.staging = StagingBuffers(region.device)
+        self.buckets: dict[Sizes, Bucket] = {}
+        self._plans: dict[Sizes, Plan | Refusal] = {}
+        self._options = options
+        self.static = [i.index for i in region.inputs if i.role == "static"]
+        self.staged = [i for i in region.inputs if i.role == "staged"]
+
+    def plan(self, sizes: Sizes) -> Plan | Refusal:
+        """The plan for a call's sizes, or why such calls run the compiled region."""
+        plan = self._plans.get(sizes)
+        if plan is None:
+            try:
+                plan = self._plans[sizes] = self._new_plan(sizes)
+            except torch.OutOfMemoryError:  # not remembered: memory may come back
+                return Refusal("no memory for the staging buffers")
+        return plan
+
+    def refuse(self, sizes: Sizes, refusal: Refusal) -> None:
+        """From now on calls of these sizes run the compiled region."""
+        self._plans[sizes] = refusal
+
+    def graph(self, plan: Plan, args: list[Any], ranges: Ranges | None) -> Graph | Refusal | None:
+        """The graph to replay for a call; ``None`` if it must be captured first; or why it can't be."""
+        if ranges is None:
+            return _LIVE_OUTPUTS
+        if plan.layout is None and plan.bucket.layout is not None:
+            plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
+        for captured in plan.bucket.graphs:
+            if captured.fits(ranges) and addresses_equal(args, captured.static_addresses, self.static):
+                return captured.graph
+        if sum(len(bucket.graphs) for bucket in self.buckets.values()) >= self._options.max_graphs:
+            return _TOO_MANY_GRAPHS
+        if len(plan.bucket.graphs) >= _ADDRESSES_PER_BUCKET:
+            return _STATIC_INPUTS_MOVE
+        return None
+
+    def add(self, bucket: Bucket, captured: CapturedGraph) -> None:
+        """Keep a new graph; graphs whose output ranges have moved since are of no use any more."""
+        for other in self.buckets.values():
+            other.graphs = [graph for graph in other.graphs if self.place.has(graph)]
+        bucket.graphs.append(captured)
+
+    def largest(self, values: Values) -> Values:
+        """The sizes to provide memory for: those of the largest bucket, as far as it is known."""
+        largest = dict(values)
+        for dim in self._padded_dims():
+            bucket = max(values[s] for s in dim.symbols)
+            size = buckets.largest(self._options.capture_sizes, dim.upper, bucket)
+            largest.update(dict.fromkeys(dim.symbols, size))
+        return largest
+
+    def _padded_dims(self) -> list[DynamicDim]:
+        return [dim for dim in self.region.dims if dim.refusal is None]
+
+    def _new_plan(self, sizes: Sizes) -> Plan | Refusal:
+        chosen = self._bucket_sizes(sizes)
+        if isinstance(chosen, Refusal):
+            return chosen
+        bucket = self.buckets.get(chosen) or self._new_bucket(chosen)
+        values, padded = self.region.values(sizes), self.region.values(chosen)
+        rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
+        return Plan(
+            sizes,
+            bucket,
+            copies=tuple(self._staged_copy(tensor, bucket, values) for tensor in self.staged),
+            rows_real=sum(values[s] for s in rows),
+            rows_padded=sum(padded[s] - values[s] for s in rows),
+        )
+
+    def _bucket_sizes(self, sizes: Sizes) -> Sizes | Refusal:
+        """The capture sizes that serve ``sizes``: padded where a dim may be, exact elsewhere."""
+        values = dict(self.region.values(sizes))
+        for dim in self._padded_dims():
+            found = {values[s] for s in dim.symbols}
+            if len(found) > 1:  # the proof holds for dims of equal size; others are exact
+                continue
+            n = found.pop()
+            size = buckets.choose(n, self._options.capture_sizes, dim.upper, self._admits(dim, values))
+            if size is None:
+                return Refusal(f"size {n} of dim {dim.name} has no bucket: {self._accepted_sizes()}")
+            values.update(dict.fromkeys(dim.symbols, size))
+        return tuple(evaluate(s.size, values) for s in self.region.sizes)
+
+    def _admits(self, dim: DynamicDim, values: Values) -> Callable[[int], bool]:
+        def admits(size: int) -> bool:
+            padded = {**values, **dict.fromkeys(dim.symbols, size)}
+            return self.region.shapes.admits([evaluate(s.size, padded) for s in self.region.sizes])
+
+        return admits
+
+    def _accepted_sizes(self) -> str:
+        sizes = self._options.capture_sizes
+        return f"the guards admit no larger size than {sizes}" if sizes == "auto" else f"capture_sizes is {[*sizes]}"
+
+    def _new_bucket(self, sizes: Sizes) -> Bucket:
+        values = self.region.values(sizes)
+        largest = self.largest(values)
+        indices = [i.index for i in self.region.inputs] + [s.index for s in self.region.sizes]
+        args: list[Any] = [None] * (1 + max(indices, default=-1))
+        for source, size in zip(self.region.sizes, sizes, strict=True):
+            if source.dim is None:
+                args[source.index] = size
+        for tensor in self.staged:
+            args[tensor.index] = self.staging.at(tensor, shape_at(tensor, values), shape_at(tensor, largest))
+        self.buckets[sizes] = Bucket(sizes, args)
+        return self.buckets[sizes]
+
+    def _staged_copy(self, tensor: TensorInput, bucket: Bucket, values: Values) -> StagedCopy:
+        size, stride = shape_at(tensor, values)
+        return staged_copy(
+            tensor.index,
+            buffer=bucket.args[tensor.index],
+            real=(size, stride),
+            row_entries=[self._row_entries(e, n, values) for e, n in zip(tensor.size, size, strict=True)],
+            fill=self._fill(tensor),
+        )
+
+    def _row_entries(self, expression: Any, length: int, values: Values) -> int:
+        """Entries per row of a dim whose size is ``expression``: 2 for ``2*s``."""
+        rows = next((values[s] for s in expression.free_symbols if any(s in d.symbols for d in self._padded_dims())), 1)
+        return max(length // rows, 1)
+
+    def _fill(self, tensor: TensorInput) -> Fill | float:
+        irrelevant = not any(d.needs_fill for d in self._padded_dims() if d.symbols & tensor.symbols)
+        if self.device.driver.poison and irrelevant and tensor.dtype.is_floating_point:
+            return float("nan")
+        return self._options.fill
