@@ -100,6 +100,8 @@ class _FrameCompile:
             refusal = driver_refusal(self.options.driver, region.device)
             region = dataclasses.replace(region, refusal=refusal)
         compiled = torch_internals.compile_region(gm, example_inputs, **kwargs)
+        if not torch_internals.is_compiled_graph(compiled):
+            return compiled  # nothing is computed: it only hands arguments back
         region = complete(region, compiled)
         if self.options.strict:
             _raise_refusals(region)

@@ -62,7 +62,7 @@ def record(table: Table, bucket: Bucket, layout: Layout, inputs: Sequence[Any], 
 
     graph = table.device.driver.capture(run_into_pool)
     addresses = [value.data_ptr() if i in table.static else None for i, value in enumerate(inputs)]
-    table.add(bucket, CapturedGraph(graph, addresses, [r.offset for r in targets]))
+    table.add(bucket, CapturedGraph(graph, addresses, targets))
 
 
 def detached_outputs(

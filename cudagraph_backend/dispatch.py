@@ -16,6 +16,7 @@ from cudagraph_backend.options import Fill, Options
 from cudagraph_backend.outputs import Layout, layout_at
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
 from cudagraph_backend.staging import StagedCopy, StagingBuffers, shape_at, staged_copy
+from cudagraph_backend.strides import overlaps_itself
 from cudagraph_backend.torch_internals import Compiled, addresses_equal
 from cudagraph_backend.tree import CapturedGraph, Ranges
 
@@ -119,6 +120,8 @@ class Table:
         chosen = self._bucket_sizes(sizes)
         if isinstance(chosen, Refusal):
             return chosen
+        if any(t.mutated and overlaps_itself(*shape_at(t, self.region.values(sizes))) for t in self.staged):
+            return Refusal("an input that is written in place overlaps itself in memory")
         bucket = self.buckets.get(chosen) or self._new_bucket(chosen)
         values, padded = self.region.values(sizes), self.region.values(chosen)
         rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
@@ -135,7 +138,8 @@ class Table:
         values = dict(self.region.values(sizes))
         for dim in self._padded_dims():
             found = {values[s] for s in dim.symbols}
-            if len(found) > 1:  # the proof holds for dims of equal size; others are exact
+            # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
+            if len(found) > 1 or self._overlaps(values):
                 continue
             n = found.pop()
             size = buckets.choose(n, self._options.capture_sizes, dim.upper, self._admits(dim, values))
@@ -147,9 +151,14 @@ class Table:
     def _admits(self, dim: DynamicDim, values: Values) -> Callable[[int], bool]:
         def admits(size: int) -> bool:
             padded = {**values, **dict.fromkeys(dim.symbols, size)}
+            if self._overlaps(padded):
+                return False
             return self.region.shapes.admits([evaluate(s.size, padded) for s in self.region.sizes])
 
         return admits
+
+    def _overlaps(self, values: Values) -> bool:
+        return any(overlaps_itself(*shape_at(tensor, values)) for tensor in self.staged)
 
     def _accepted_sizes(self) -> str:
         sizes = self._options.capture_sizes

@@ -144,8 +144,8 @@ class OutputPool:
         return True
 
     def free(self, ranges: Sequence[OutputRange]) -> None:
+        """May be called at any time, from a finaliser too."""
         self._retired.extend(ranges)
-        self._drop_dead()
 
     def dead_ranges(self) -> list[OutputRange]:
         return [r for r in self._ranges if not r.is_live()]
@@ -156,10 +156,11 @@ class OutputPool:
         return next((r for r in self._ranges if r.offset <= address - start < r.offset + r.nbytes), None)
 
     def _drop_dead(self) -> None:
-        dead = [r for r in self._retired if not r.is_live()]
-        if dead:
-            self._retired = [r for r in self._retired if r not in dead]
-            self._ranges = [r for r in self._ranges if r not in dead]
+        retired, self._retired = self._retired, []
+        live = [r for r in retired if r.is_live()]
+        self._retired.extend(live)
+        if len(live) < len(retired):
+            self._ranges = [r for r in self._ranges if r not in retired or r in live]
 
 
 def can_move_out() -> bool:

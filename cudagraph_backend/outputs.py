@@ -7,7 +7,7 @@ is observed in the run before capture. From it and the region's expressions come
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -16,14 +16,13 @@ import torch
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.output_pool import Loan, OutputRange
 from cudagraph_backend.region import Region, TensorOutput, Values, evaluate, evaluate_all
-from cudagraph_backend.strides import Shape, extent, reaching_once
+from cudagraph_backend.strides import extent, reaching_once
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
-    """An output in the output pool: ``range`` is the index among the place's ranges; ``offset`` is in elements."""
+class StorageView:
+    """A tensor on a storage; ``size``, ``stride`` and ``offset`` in elements."""
 
-    range: int
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -31,8 +30,26 @@ class Pooled:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the range's storage that the output needs."""
+        """Bytes from the storage's first one to the last that the tensor reaches."""
         return (self.offset + extent(self.size, self.stride)) * self.dtype.itemsize
+
+    def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """The tensor, one of its own (no autograd view)."""
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
+            storage, self.offset, self.size, self.stride
+        )
+
+
+def _view_of(tensor: torch.Tensor) -> StorageView:
+    return StorageView(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """An output in the output pool: a view on the range with this index among the place's ranges."""
+
+    range: int
+    view: StorageView
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +57,8 @@ class Returned:
     """An output that is one of the arguments, or a view of a static one."""
 
     index: int
-    view: tuple[Shape, int] | None
-    """Shape and storage offset; ``None``: the argument itself."""
+    view: StorageView | None
+    """The view on the argument's storage; ``None``: the argument itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +103,10 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
         storage = output.untyped_storage()._cdata
         if id(output) in identical:
             entries.append(Returned(identical[id(output)], None))
-            continue
-        if storage in static:
-            view = (tuple(output.shape), output.stride()), int(output.storage_offset())
-            entries.append(Returned(static[storage], view))
-            continue
-        number = ranges.setdefault(storage, len(ranges))
-        entries.append(Pooled(number, output.dtype, tuple(output.shape), output.stride(), int(output.storage_offset())))
+        elif storage in static:
+            entries.append(Returned(static[storage], _view_of(output)))
+        else:
+            entries.append(Pooled(ranges.setdefault(storage, len(ranges)), _view_of(output)))
     return _layout(entries)
 
 
@@ -100,10 +114,10 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
     """The layout of a call's real rows inside a bucket's: same places, the sizes and strides of the call."""
     entries: list[Entry] = []
     for entry, known in zip(bucket.entries, region.outputs, strict=True):
-        if isinstance(entry, Pooled) and isinstance(known, TensorOutput):
+        if isinstance(known, TensorOutput) and not isinstance(entry, Number) and entry.view is not None:
             size = evaluate_all(known.size, values)
-            stride = entry.stride if known.stride is None else evaluate_all(known.stride, values)
-            entries.append(Pooled(entry.range, entry.dtype, size, stride, entry.offset))
+            stride = entry.view.stride if known.stride is None else evaluate_all(known.stride, values)
+            entries.append(replace(entry, view=replace(entry.view, size=size, stride=stride)))
         elif isinstance(entry, Number) and isinstance(known, sympy.Expr):
             entries.append(Number(evaluate(known, values)))
         else:
@@ -114,10 +128,12 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
 def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
     """A refusal if the strides that Inductor stated are not those it returned: other sizes would be a guess then."""
     for index, (entry, known) in enumerate(zip(bucket.entries, region.outputs, strict=True)):
-        if isinstance(entry, Pooled) and isinstance(known, TensorOutput) and known.stride is not None:
-            stated = evaluate_all(known.stride, values)
-            if any(n > 1 and a != b for n, a, b in zip(entry.size, stated, entry.stride, strict=True)):
-                return Refusal(f"output {index} has strides {entry.stride} where Inductor states {stated}")
+        if isinstance(entry, Number) or entry.view is None:
+            continue
+        if isinstance(known, TensorOutput) and known.stride is not None:
+            stated, view = evaluate_all(known.stride, values), entry.view
+            if any(n > 1 and a != b for n, a, b in zip(view.size, stated, view.stride, strict=True)):
+                return Refusal(f"output {index} has strides {view.stride} where Inductor states {stated}")
     return None
 
 
@@ -127,9 +143,9 @@ def copy_out(layout: Layout, outputs: Sequence[Any], ranges: Sequence[OutputRang
     storages = [r.bytes(n).untyped_storage() for r, n in zip(ranges, layout.range_nbytes, strict=False)]
     for entry, output in zip(layout.entries, outputs, strict=True):
         if isinstance(entry, Pooled) and output.numel():
-            shape = reaching_once(entry.size, entry.stride)
-            targets.append(_view(storages[entry.range], entry.dtype, shape, entry.offset))
-            results.append(output.as_strided(*shape))
+            size, stride = reaching_once(entry.view.size, entry.view.stride)
+            targets.append(replace(entry.view, size=size, stride=stride).on(storages[entry.range]))
+            results.append(output.as_strided(size, stride))
     if targets:
         torch._foreach_copy_(targets, results)
 
@@ -145,10 +161,10 @@ def make_outputs(
     outputs: list[Any] = []
     for entry in layout.entries:
         if isinstance(entry, Pooled):
-            outputs.append(_view(storages[entry.range], entry.dtype, (entry.size, entry.stride), entry.offset))
+            outputs.append(entry.view.on(storages[entry.range]))
         elif isinstance(entry, Returned):
             tensor = args[entry.index]
-            outputs.append(tensor if entry.view is None else _view(tensor.untyped_storage(), tensor.dtype, *entry.view))
+            outputs.append(tensor if entry.view is None else entry.view.on(tensor.untyped_storage()))
         else:
             outputs.append(entry.value)
     return outputs
@@ -167,11 +183,7 @@ def _layout(entries: Sequence[Entry]) -> Layout:
     extents: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
     for index, entry in enumerate(entries):
         if isinstance(entry, Pooled):
-            nbytes[entry.range] = max(nbytes[entry.range], entry.nbytes)
-            extents[entry.range].append((index, entry.offset * entry.dtype.itemsize, entry.nbytes))
+            end = entry.view.nbytes
+            nbytes[entry.range] = max(nbytes[entry.range], end)
+            extents[entry.range].append((index, entry.view.offset * entry.view.dtype.itemsize, end))
     return Layout(tuple(entries), tuple(nbytes), tuple(map(tuple, extents)))
-
-
-def _view(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Shape, offset: int) -> torch.Tensor:
-    """A tensor of its own (no autograd view) on a storage."""
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, *shape)

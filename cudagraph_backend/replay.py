@@ -55,7 +55,6 @@ class Replayer:
         self._place = place
         self._register = register
         self._find_device = device
-        self._refusal = region.refusal
         self._mutated = frozenset(i.index for i in region.inputs if i.role == "staged" and i.mutated)
         self.reset()
         self._make_known()
@@ -63,6 +62,7 @@ class Replayer:
     def reset(self) -> None:
         """Forget graphs, buffers and place; the next call starts anew."""
         self.table: Table | None = None
+        self._refusal = self.region.refusal
         self.counters = Counters()
         self._is_known = False
 

@@ -135,7 +135,14 @@ def _output_bytes(replayer: Replayer) -> list[int]:
 
 
 def _staging_bytes(replayer: Replayer) -> int:
-    return replayer.table.staging.nbytes if replayer.table is not None else 0
+    """Of all buffers that graphs read, outgrown ones too."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for bucket in _buckets(replayer)
+        for value in bucket.args
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(storages.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,7 @@ def staged_copy(
     once = reaching_once(size, stride)
     source = None if once == real else once
     if overlaps_itself(size, stride):
+        assert tuple(buffer.shape) == tuple(size), "an input that overlaps itself is never padded"
         return StagedCopy(index, buffer.as_strided(*once), source, ())
     fills = tuple(_fills(buffer, once[0], row_entries, fill))
     return StagedCopy(index, _narrowed(buffer, once[0]), source, fills)

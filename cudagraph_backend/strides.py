@@ -31,4 +31,6 @@ def reaching_once(size: Sequence[int], stride: Sequence[int]) -> Shape:
     """A shape that reaches the same addresses, each once (or a gap between them), so that it can be copied to."""
     if overlaps_itself(size, stride):
         return (extent(size, stride),), (1,)
-    return tuple(1 if step == 0 else length for length, step in zip(size, stride, strict=True)), tuple(stride)
+    return tuple(min(length, 1) if step == 0 else length for length, step in zip(size, stride, strict=True)), tuple(
+        stride
+    )

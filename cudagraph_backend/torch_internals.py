@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -45,6 +45,11 @@ def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kw
     return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
+def is_compiled_graph(compiled: Any) -> TypeGuard[CompiledFxGraph]:
+    """False for a graph without operators, which Inductor leaves as it is."""
+    return isinstance(compiled, CompiledFxGraph)
+
+
 def boxed(call: Compiled) -> Compiled:
     """``call`` as a function that AOTAutograd knows to take one list of arguments and to empty it."""
 
@@ -55,19 +60,19 @@ def boxed(call: Compiled) -> Compiled:
     return boxed_call
 
 
-def output_strides(compiled: Any) -> Sequence[tuple[str, ...] | None] | None:
+def output_strides(compiled: CompiledFxGraph) -> Sequence[tuple[str, ...] | None] | None:
     """Per output, its strides as expressions in text (``None`` for what is not a tensor), as Inductor laid them out."""
-    return compiled.output_strides if isinstance(compiled, CompiledFxGraph) else None
+    return compiled.output_strides
 
 
-def mutated_inputs(compiled: Any) -> frozenset[int]:
+def mutated_inputs(compiled: CompiledFxGraph) -> frozenset[int]:
     """Indices of the inputs that the compiled region writes to."""
-    return frozenset(compiled.mutated_input_idxs) if isinstance(compiled, CompiledFxGraph) else frozenset()
+    return frozenset(compiled.mutated_input_idxs)
 
 
-def uncapturable_reason(compiled: Any) -> str | None:
+def uncapturable_reason(compiled: CompiledFxGraph) -> str | None:
     """Inductor's own reason against capturing a region in a CUDA graph, found while lowering it."""
-    return compiled.disabled_cudagraphs_reason if isinstance(compiled, CompiledFxGraph) else None
+    return compiled.disabled_cudagraphs_reason
 
 
 def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -22,19 +22,19 @@ _SETS = 1 if can_move_out() else 4
 
 @dataclass(frozen=True, slots=True)
 class CapturedGraph:
-    """A graph, and the addresses that it was captured with.
+    """A graph, and the memory that it was captured with.
 
-    ``static_addresses`` has the address of each static argument (``None`` for any other), ``offsets`` those of the
-    output ranges in the pool.
+    ``static_addresses`` has the address of each static argument (``None`` for any other), ``ranges`` the output
+    ranges. A range that grows where it stands stays the same one.
     """
 
     graph: Graph
     static_addresses: list[int | None]
-    offsets: list[int]
+    ranges: Ranges
 
     def fits(self, ranges: Ranges) -> bool:
         """Whether it writes to these ranges."""
-        return [r.offset for r in ranges[: len(self.offsets)]] == self.offsets
+        return len(ranges) >= len(self.ranges) and all(a is b for a, b in zip(self.ranges, ranges, strict=False))
 
 
 class Place:

@@ -22,7 +22,7 @@ from cudagraph_backend.analysis.outputs import graph_outputs, is_prefix, with_st
 from cudagraph_backend.analysis.source import source_spans
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.region import DynamicDim, Kind, Region, TensorInput, TensorOutput
+from cudagraph_backend.region import DynamicDim, Kind, Region, SizeInput, TensorInput, TensorOutput
 from cudagraph_backend.strides import overlaps_itself
 
 
@@ -44,7 +44,7 @@ def analyse(
         dims=dynamic_dims(graph, sizes, inputs, shapes, options) if refusal is None else (),
         outputs=graph_outputs(graph),
         shapes=shapes,
-        refusal=refusal,
+        refusal=refusal or _refused_symbols(inputs, sizes),
         has_effects=_draws_random_numbers(graph),
         source_lines=source_spans(graph),
     )
@@ -72,6 +72,14 @@ def _symint(example_inputs: Sequence[Any], index: int, dim: int | None) -> torch
     return value if dim is None else value.shape[dim]
 
 
+def _refused_symbols(inputs: Sequence[TensorInput], sizes: Sequence[SizeInput]) -> Refusal | None:
+    known = {s.size for s in sizes}
+    for tensor in inputs:
+        if unknown := tensor.symbols - known:
+            return Refusal(f"no argument of the region gives the size {next(iter(unknown))} of input {tensor.name}")
+    return None
+
+
 def _draws_random_numbers(graph: Graph) -> bool:
     return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
 
@@ -83,7 +91,7 @@ def _refused_by_inductor(region: Region, compiled: Any) -> Refusal | None:
 
 def _refused_mutation(inputs: Sequence[TensorInput]) -> Refusal | None:
     for tensor in inputs:
-        if tensor.mutated and tensor.role == "staged" and (_is_expanded(tensor) or may_overlap(tensor)):
+        if tensor.mutated and tensor.role == "staged" and _is_expanded(tensor):
             return Refusal(f"input {tensor.name} is written in place and several of its entries share an address")
     return None
 
@@ -92,8 +100,9 @@ def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], outputs: Sequen
     if dim.refusal is not None:
         return dim
     for tensor in inputs:
-        if tensor.symbols & dim.symbols and may_overlap(tensor):
-            return dataclasses.replace(dim, refusal=Refusal(f"input {tensor.name} overlaps itself in memory"))
+        if _overlaps_when_padded(tensor, dim):
+            refusal = Refusal(f"input {tensor.name} would overlap itself in memory")
+            return dataclasses.replace(dim, refusal=refusal)
     for index, output in enumerate(outputs):
         if not is_prefix(output, dim):
             source = output.source if isinstance(output, TensorOutput) else None
@@ -106,9 +115,14 @@ def _is_expanded(tensor: TensorInput) -> bool:
     return any(stride == 0 and size != 1 for size, stride in zip(tensor.size, tensor.stride, strict=True))
 
 
-def may_overlap(tensor: TensorInput) -> bool:
-    """Whether entries of an input may share an address other than by stride 0, judged at its smallest sizes."""
-    symbols: dict[sympy.Symbol, sympy.Integer] = {s: sympy.Integer(1009) for s in tensor.symbols}
-    size = [int(e.xreplace(symbols)) for e in tensor.size]
-    stride = [int(e.xreplace(symbols)) for e in tensor.stride]
+def _overlaps_when_padded(tensor: TensorInput, dim: DynamicDim) -> bool:
+    """Whether a dynamic size meets a fixed stride that it outgrows: windows, or rows cut from columns.
+
+    Strides that are dynamic themselves are judged call by call, when the bucket is chosen.
+    """
+    if not tensor.symbols & dim.symbols or any(e.free_symbols for e in tensor.stride):
+        return False
+    stride = [int(e) for e in tensor.stride]
+    large = sympy.Integer(1 + max(stride, default=0))
+    size = [int(e.xreplace(dict.fromkeys(e.free_symbols, large))) for e in tensor.size]
     return overlaps_itself(size, stride)

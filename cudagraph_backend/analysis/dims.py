@@ -64,7 +64,7 @@ def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], optio
         return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
         if size.free_symbols & symbols and not _is_multiple(size, symbols):
-            return Refusal(f"input {tensor.name} has size {size}, no multiple of the dynamic dim")
+            return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
         if size.free_symbols & symbols and stride == 0 and options.fill == "zero":
             return Refusal(f"input {tensor.name} is expanded along the dynamic dim, so its padded rows can't be zero")
     return None
@@ -72,6 +72,4 @@ def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], optio
 
 def _is_multiple(size: sympy.Expr, symbols: frozenset[sympy.Symbol]) -> bool:
     present = size.free_symbols & symbols
-    if len(present) != 1:
-        return False
-    return not (size / next(iter(present))).free_symbols & symbols
+    return len(present) == 1 and (size / next(iter(present))).is_Integer

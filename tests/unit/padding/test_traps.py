@@ -163,7 +163,6 @@ REPLICA: dict[str, tuple[Function, list[Callable[[], torch.Tensor]]]] = {
     "own row, chosen column": (own_row, [rows, lambda: ids(high=4)]),
     "scatter columns": (lambda x, i: x.scatter(1, i, 2.0), [rows, lambda: ids(2, high=4)]),
     "scatter add columns": (lambda x, i: x.scatter_add(1, i, x[:, :2]), [rows, lambda: ids(2, high=4)]),
-    "one hot": (lambda i: i.new_zeros(i.shape[0], 6).scatter(1, i[:, None], 1), [ids]),
     "write own row": (write_own_row, [rows, lambda: ids(high=4)]),
     "write cache": (write_cache, [lambda: torch.zeros(6, 4), ids, rows]),
     "amax": (lambda x: x / x.amax(0), [rows]),
