@@ -22,16 +22,6 @@ def next_auto_size(n: int) -> int:
     return -(-n // step) * step
 
 
-def auto_sizes(largest: int) -> tuple[int, ...]:
-    """All automatic capture sizes up to ``largest``, which is one of them, so that every size has a bucket."""
-    sizes = []
-    size = 1
-    while size < largest:
-        sizes.append(size)
-        size = next_auto_size(size + 1)
-    return (*sizes, largest)
-
-
 def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterator[int]:
     """Capture sizes that could serve ``n``, smallest first.
 

@@ -68,10 +68,6 @@ class StagingBuffers:
         self._device = device
         self._buffers: dict[int, torch.Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
     def buffers(self) -> list[torch.Tensor]:
         return list(self._buffers.values())
 

@@ -28,7 +28,8 @@ def test_100_batches_of_random_size_equal_eager(name, device):
     assert "not padded" not in sg.explain()
     assert stats.graphs <= len(auto_sizes(64)) + 1  # + 1: the region that Dynamo makes for size 1
     assert stats.captures <= stats.graphs + 2  # memory grew with the sizes seen, which moved the first graphs' outputs
-    assert stats.output_pool_bytes < stats.sum_of_buckets_bytes / 4
+    granularity = 2 << 20 if device.type == "cuda" else 0  # what CUDA maps memory in
+    assert stats.output_pool_bytes <= max(stats.sum_of_buckets_bytes / 4, granularity)
 
 
 def auto_sizes(largest: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, TensorOutput
 
+N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 Captured = tuple[GraphModule, Sequence[Any]]
 
 
@@ -39,6 +41,13 @@ def captured(model: Callable[..., Any], *args: Any, dynamic: bool | None = True)
 def region_of(model: Callable[..., Any], *args: Any, static: Sequence[int] = (), **options: Any) -> Region:
     gm, example_inputs = captured(model, *args)
     return analyse(gm.graph, example_inputs, "inference", static, Options(**options), 0)
+
+
+def compiled(
+    mutated: Sequence[int] = (), strides: Sequence[tuple[str, ...] | None] | None = None, reason: str | None = None
+) -> SimpleNamespace:
+    """What Inductor states of a region that it compiled, under Inductor's names."""
+    return SimpleNamespace(mutated_input_idxs=mutated, output_strides=strides, disabled_cudagraphs_reason=reason)
 
 
 def by_size(region: Region, *size: Any) -> TensorInput:
@@ -110,13 +119,12 @@ def test_a_symbol_that_no_argument_gives_alone_is_found_or_refused():
     assert region.refusal is not None or region.inputs[0].symbols <= known
 
 
-def test_mutated_inputs_are_those_that_inductor_reports(monkeypatch: pytest.MonkeyPatch):
+def test_mutated_inputs_are_those_that_inductor_reports():
     region = region_of(lambda x, y: x.add_(y), torch.randn(6, 4), torch.randn(6, 4))
     assert [i.mutated for i in region.inputs] == [False, False]
     assert not region.has_effects
     first = region.inputs[0].index
-    monkeypatch.setattr("cudagraph_backend.torch_internals.mutated_inputs", lambda compiled: frozenset([first]))
-    done = complete(region, None)
+    done = complete(region, compiled(mutated=[first]))
     assert [i.mutated for i in done.inputs] == [True, False]
     assert done.has_effects
     assert done.refusal is None
@@ -127,17 +135,12 @@ def test_drawing_random_numbers_is_an_effect(model: Callable[..., Any]):
     assert region_of(model, torch.rand(6, 4)).has_effects
 
 
-@pytest.mark.parametrize(
-    "base",
-    [torch.randn(1, 4).expand(6, 4), torch.randn(20).as_strided((6, 4), (2, 1))],
-    ids=["expanded", "overlapping"],
-)
-def test_writing_to_entries_that_share_an_address_is_refused(base: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
-    gm, example_inputs = captured(lambda x: x + 1, base, dynamic=False)
+def test_writing_to_an_expanded_input_is_refused():
+    """Other inputs whose entries share an address are refused when they come: see ``test_region``."""
+    gm, example_inputs = captured(lambda x: x + 1, torch.randn(1, 4).expand(6, 4), dynamic=False)
     region = analyse(gm.graph, example_inputs, "inference", (), Options(), 0)
-    assert complete(region, None).refusal is None
-    monkeypatch.setattr("cudagraph_backend.torch_internals.mutated_inputs", lambda compiled: frozenset([0]))
-    refusal = complete(region, None).refusal
+    assert complete(region, compiled()).refusal is None
+    refusal = complete(region, compiled(mutated=[0])).refusal
     assert refusal is not None
     assert "written in place and several of its entries share an address" in refusal.reason
 
@@ -199,7 +202,9 @@ def test_a_size_that_is_no_multiple_of_the_dim_is_refused():
         node.meta["val"] = value
     graph.output((names[2],))
     region = analyse(graph, [*example_inputs, longer], "inference", (), Options(pad="assume"), 0)
-    assert "no multiple of the dynamic dim" in str(verdicts(region)[0])
+    assert "input longer has size" in str(verdicts(region)[0])
+    assert "no fixed multiple of the dynamic dim" in str(verdicts(region)[0])
+    assert verdicts(region)[1] is None
 
 
 def test_a_size_that_is_a_product_of_two_dims_is_not_padded_along_both():
@@ -228,19 +233,32 @@ def test_expanded_rows_can_not_be_filled_with_zeros():
     assert verdicts(region_of(lambda x: x * 2, x))[0] is None
 
 
-def test_a_dim_of_overlapping_windows_is_not_padded():
+@pytest.mark.parametrize(
+    ("size", "stride", "padded"),
+    [
+        ((N, 4), (4, 1), True),
+        ((N, 4), (6, 1), True),
+        ((3, N), (1, 3), True),
+        ((N, 4), (0, 1), True),
+        ((N, 4), (2, 1), False),  # windows
+        ((N, 4), (1, 10), False),  # rows cut from columns
+        ((3, 2 * N, 4), (80, 4, 1), False),
+        ((N, N), (7, 1), False),
+        ((N, M), (M, 1), True),  # judged call by call
+        ((9, 4), (2, 1), True),  # windows, and no dynamic dim among them
+    ],
+)
+def test_a_dim_whose_rows_would_overlap_when_padded_is_not(size: Any, stride: Any, padded: bool):
     region = region_of(lambda x: x.sum(1), torch.randn(6, 4), pad="assume")
     (rows,) = region.inputs
-    one = sympy.Integer(1)
-    apart, windows = (replace(rows, stride=stride) for stride in ((rows.size[1], one), (2 * one, one)))
-    done = [complete(replace(region, inputs=(i,), outputs=()), None) for i in (apart, windows)]
-    assert verdicts(done[0])[0] is None
-    assert "overlaps itself in memory" in str(verdicts(done[1])[0])
+    symbols = dict(zip((N, M), rows.size, strict=True))
+    size, stride = (tuple(sympy.sympify(e).xreplace(symbols) for e in part) for part in (size, stride))
+    done = complete(replace(region, inputs=(replace(rows, size=size, stride=stride),), outputs=()), compiled())
+    assert verdicts(done)[0] == (None if padded else f"input {rows.name} would overlap itself in memory")
 
 
 # ------------------------------------------------------------------------------------------------ outputs
 
-N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 DIM = DynamicDim(frozenset([N]), 2, None, None, False)
 
 
@@ -269,7 +287,7 @@ def test_numbers_have_no_rows():
     assert is_prefix(None, DIM)
 
 
-def test_strides_are_those_that_inductor_states(monkeypatch: pytest.MonkeyPatch):
+def test_strides_are_those_that_inductor_states():
     region = region_of(lambda x: (x.shape[0], x * 2, None), torch.randn(6, 4))
     rows, width = region.inputs[0].size
     tensors = [o for o in region.outputs if isinstance(o, TensorOutput)]
@@ -277,15 +295,15 @@ def test_strides_are_those_that_inductor_states(monkeypatch: pytest.MonkeyPatch)
     strides = [(f"2*{width}", "1") if isinstance(o, TensorOutput) else None for o in region.outputs]
     stated = with_strides(region.outputs, strides, region.shapes)
     assert [o.stride for o in stated if isinstance(o, TensorOutput)] == [(2 * width, 1)]
+    assert complete(region, compiled(strides=strides)).outputs == stated
     assert with_strides(region.outputs, None, region.shapes) == region.outputs
     assert rows in region.outputs
 
 
-def test_a_dim_that_is_not_outermost_in_an_outputs_memory_is_not_padded(monkeypatch: pytest.MonkeyPatch):
+def test_a_dim_that_is_not_outermost_in_an_outputs_memory_is_not_padded():
     region = region_of(lambda x: x.t() * 2, torch.randn(6, 4), pad="assume")
     rows = str(region.inputs[0].size[0])
-    monkeypatch.setattr("cudagraph_backend.torch_internals.output_strides", lambda compiled: [(rows, "1")])
-    done = verdicts(complete(region, None))
+    done = verdicts(complete(region, compiled(strides=[(rows, "1")])))
     assert done[0] == "the dim is not outermost in the memory of output 0"
     assert done[1] is None
 
@@ -430,9 +448,9 @@ def test_inputs_that_are_neither_tensor_nor_size_are_refused(value: Any):
     assert f"input arg0_1 is a {type(value).__name__}, neither a tensor nor a size" in refusal_for(value, torch.ones(1))
 
 
-def test_inductors_own_reason_counts_on_cuda_only(monkeypatch: pytest.MonkeyPatch):
+def test_inductors_own_reason_counts_on_cuda_only():
     region = region_of(lambda x: x * 2, torch.randn(6, 4))
-    monkeypatch.setattr("cudagraph_backend.torch_internals.uncapturable_reason", lambda compiled: "cpu device")
-    assert complete(region, None).refusal is None
-    refusal = complete(replace(region, device=torch.device("cuda:0")), None).refusal
-    assert str(refusal) == "Inductor: cpu device"
+    assert complete(region, compiled(reason="cpu device")).refusal is None
+    on_cuda = replace(region, device=torch.device("cuda:0"))
+    assert complete(on_cuda, compiled()).refusal is None
+    assert str(complete(on_cuda, compiled(reason="cpu device")).refusal) == "Inductor: cpu device"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cudagraph_backend import buckets
@@ -56,15 +56,15 @@ def test_an_automatic_size_serves_itself(n: int):
 
 
 @given(small)
-def test_auto_sizes_ascend_to_the_largest_and_leave_no_other_out(largest: int):
-    assert list(buckets.auto_sizes(largest)) == [size for size in LADDER if size < largest] + [largest]
-
-
-@given(st.data(), small)
-def test_every_size_up_to_the_bound_gets_the_smallest_automatic_size(data: st.DataObject, upper: int):
-    n = data.draw(st.integers(1, upper))
-    fitting = [size for size in buckets.auto_sizes(upper) if size >= n]
-    assert buckets.choose(n, "auto", upper, anything) == fitting[0]
+@example(1)
+@example(8)
+@example(255)
+@example(257)
+def test_every_size_up_to_the_bound_gets_the_smallest_of_the_automatic_sizes_and_the_bound(upper: int):
+    sizes = [size for size in LADDER if size < upper] + [upper]
+    chosen = [buckets.choose(n, "auto", upper, anything) for n in range(1, upper + 1)]
+    assert chosen == [sizes[bisect.bisect_left(sizes, n)] for n in range(1, upper + 1)]
+    assert sorted(set(chosen)) == sizes
 
 
 @given(small)

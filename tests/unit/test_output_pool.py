@@ -146,7 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_address_leads_to_its_range(self) -> None:
-        for taken in self.held:
+        for taken in self.held + [taken for taken in self.freed if self.live(taken)]:
             for inside in (0, taken.nbytes - 1):
                 assert self.pool.find(self.pool._memory.address + taken.offset + inside) is taken
 
@@ -312,12 +312,41 @@ def test_a_range_knows_its_loan_and_the_tensors_on_it(pool: OutputPool):
 def test_addresses_outside_of_all_ranges_lead_nowhere(pool: OutputPool):
     first, second = pool.allocate(1), pool.allocate(1)
     start = pool.tensor.data_ptr()
-    pool.free([first])
     assert pool.find(start + second.offset) is second
+    pool.free([first])
+    pool.extend(second, 2 * ALIGNMENT)  # ranges that are dead are dropped here
+    assert pool.find(start + 2 * ALIGNMENT) is second
     assert pool.find(start) is None
+    assert pool.find(start + ALIGNMENT - 1) is None
     assert pool.find(start - 1) is None
     assert pool.find(start + pool.nbytes) is None
     assert pool.find(0) is None
+
+
+def test_the_address_of_a_live_output_leads_to_its_range_after_that_is_freed(pool: OutputPool):
+    taken = pool.allocate(64)
+    output = output_on(taken, 64)
+    pool.free([taken])
+    neighbour = pool.allocate(64)
+    assert pool.find(output.data_ptr()) is taken
+    assert taken.is_lent_to(output)
+    address = output.data_ptr()
+    del output
+    again = pool.allocate(64)
+    assert pool.find(address) is again
+    assert pool.find(address + ALIGNMENT) is neighbour
+
+
+def test_freeing_looks_at_no_range(pool: OutputPool, monkeypatch: pytest.MonkeyPatch):
+    """A finaliser frees ranges at any time, in the midst of a change of the pool's ranges too."""
+    taken, known = pool.allocate(64), pool._ranges
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputRange, "is_live", lambda self: pytest.fail("looked at"))
+        pool.free([taken])
+    assert pool._ranges is known
+    assert known == [taken]
+    assert pool.allocate(64).offset == taken.offset
+    assert len(pool._ranges) == 1
 
 
 @needs_move

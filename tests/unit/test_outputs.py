@@ -286,7 +286,7 @@ def test_stride_is_that_of_the_bucket_where_inductor_states_none():
     bucket = layout_of(known, [torch.randn(3, 8).t()], rows=8)
     entry = layout_at(known, bucket, {N: 5}).entries[0]
     assert isinstance(entry, Pooled)
-    assert (entry.size, entry.stride) == ((5, 3), (1, 8))
+    assert (entry.view.size, entry.view.stride) == ((5, 3), (1, 8))
 
 
 def test_the_layout_of_a_larger_bucket_needs_more_bytes():
@@ -311,6 +311,17 @@ def test_real_rows_of_a_view_of_a_static_input():
     bucket = layout_of(known, [table[:8]], [table], rows=8)
     (got,) = make_outputs(layout_at(known, bucket, {N: 5}), [], [table], "region 3", (0, 0))
     assert_same(got, table[:5])
+    assert got.data_ptr() == table.data_ptr()
+
+
+def test_real_rows_of_a_view_of_a_static_input_keep_offset_and_dtype():
+    flat = torch.randn(2, 64, 3)
+    halves = flat.view(torch.int16)[1, :, :3]
+    stride = (sympy.Integer(6), sympy.Integer(1))
+    known = region([TensorOutput(torch.int16, (N, sympy.Integer(3)), stride, None)], static=[0])
+    bucket = layout_of(known, [halves[:8]], [flat], rows=8)
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), [], [flat], "region 3", (0, 0))
+    assert_same(got, halves[:5])
 
 
 def test_strides_that_inductor_did_not_state_are_refused():
@@ -321,6 +332,17 @@ def test_strides_that_inductor_did_not_state_are_refused():
     refusal = stride_refusal(known, transposed, {N: 8})
     assert refusal is not None
     assert "output 0 has strides (1, 8) where Inductor states (3, 1)" in refusal.reason
+
+
+def test_strides_of_a_view_of_a_static_input_are_compared_and_those_of_an_argument_are_not():
+    table = torch.randn(3, 64)
+    known = region([rows_of(3)], static=[0])
+    refusal = stride_refusal(known, layout_of(known, [table.t()[:8]], [table], rows=8), {N: 8})
+    assert refusal is not None
+    assert "output 0 has strides (1, 64) where Inductor states (3, 1)" in refusal.reason
+    argument = torch.randn(3, 8).t()
+    known = region([rows_of(3)], staged=[0])
+    assert stride_refusal(known, layout_of(known, [argument], [argument], rows=8), {N: 8}) is None
 
 
 def test_the_stride_of_a_dim_of_size_one_is_not_compared():

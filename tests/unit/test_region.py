@@ -97,6 +97,8 @@ class RunsItsGraph:
 def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
     """``torch.compile`` with our backend; nothing is generated."""
     monkeypatch.setattr(torch_internals, "compile_region", lambda gm, example_inputs, **kwargs: RunsItsGraph(gm))
+    monkeypatch.setattr(torch_internals, "is_compiled_graph", lambda compiled: isinstance(compiled, RunsItsGraph))
+    monkeypatch.setattr(torch_internals, "uncapturable_reason", lambda compiled: None)
     monkeypatch.setattr(torch_internals, "output_strides", lambda compiled: compiled.strides)
     monkeypatch.setattr(torch_internals, "mutated_inputs", lambda compiled: compiled.mutated)
 
@@ -106,6 +108,12 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
     torch._dynamo.reset()
     yield compile_with
     torch._dynamo.reset()
+
+
+def assert_replayed(calls: int) -> None:
+    """Whether graphs answered that many calls, and nothing else did: values alone would be right without graphs too."""
+    stats = cudagraph_backend.stats()
+    assert (stats.replays, stats.fallbacks) == (calls, {})
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -135,7 +143,7 @@ def test_outputs_that_are_dropped_are_never_moved(compiles: Compile, monkeypatch
         addresses.add(result.data_ptr())
         del result
     assert len(addresses) == 1
-    assert cudagraph_backend.stats().fallbacks == {}
+    assert_replayed(5)
 
 
 def test_outputs_that_are_kept_keep_their_values(compiles: Compile):
@@ -145,6 +153,7 @@ def test_outputs_that_are_kept_keep_their_values(compiles: Compile):
         kept.append((compiled(x), x * 2))
     for got, expected in kept:
         assert_equal(got, expected)
+    assert_replayed(6)
 
 
 def test_an_output_fed_back_is_read_before_it_is_overwritten(compiles: Compile):
@@ -153,6 +162,7 @@ def test_an_output_fed_back_is_read_before_it_is_overwritten(compiles: Compile):
     for _ in range(5):
         x = compiled(x)
     assert_equal(x, torch.full((6, 4), 5.0))
+    assert_replayed(5)
 
 
 def test_an_argument_is_changed_in_place_exactly_once_and_its_real_rows_only(compiles: Compile):
@@ -161,6 +171,30 @@ def test_an_argument_is_changed_in_place_exactly_once_and_its_real_rows_only(com
     for rows in (9, 9, 12):
         compiled(base[:rows])
     assert base[:, 0].tolist() == [3.0] * 9 + [1.0] * 3 + [0.0] * 4
+    assert_replayed(3)
+
+
+def test_windows_that_are_written_in_place_run_uncaptured_and_are_written_once(compiles: Compile):
+    """Expanded inputs are refused for good; windows by their sizes, when they come, and other sizes are captured."""
+    compiled, base = compiles(lambda x: x.add_(1)), torch.zeros(64)
+    for rows in (6, 6, 7):
+        compiled(base.as_strided((rows, 4), (2, 1)))
+    assert base.tolist() == [3.0] * 14 + [1.0] * 2 + [0.0] * 48
+    stats = cudagraph_backend.stats()
+    assert stats.fallbacks == {"an input that is written in place overlaps itself in memory": 3}
+    assert (stats.replays, stats.graphs) == (0, 0)
+    apart = torch.zeros(6, 4)
+    compiled(apart)
+    assert_equal(apart, torch.ones(6, 4))
+    assert cudagraph_backend.stats().replays == 1
+
+
+def test_a_graph_without_operators_is_returned_as_inductor_left_it(compiles: Compile, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch_internals, "is_compiled_graph", lambda compiled: False)
+    compiled, x = compiles(lambda x: x * 2), torch.randn(6, 4)
+    assert_equal(compiled(x), x * 2)
+    stats = cudagraph_backend.stats()
+    assert (stats.regions, stats.replays, stats.fallbacks) == (0, 0, {})
 
 
 def test_regions_of_one_place_may_return_different_numbers_of_tensors(compiles: Compile):
@@ -172,6 +206,7 @@ def test_regions_of_one_place_may_return_different_numbers_of_tensors(compiles: 
         x = torch.randn(rows, 4)
         for got, expected in zip(compiled(x, both), model(x, both), strict=True):
             assert_equal(got, expected)
+    assert_replayed(5)
 
 
 def test_rows_of_a_table_of_positions(compiles: Compile):
@@ -188,8 +223,12 @@ def test_rows_of_a_table_of_positions(compiles: Compile):
     with torch.no_grad():
         for rows in (5, 6, 9):
             x = torch.randn(rows, 4)
-            for got, expected in zip(compiled(x), model(x), strict=True):
-                assert_equal(got, expected)
+            rows_of_table, result = compiled(x)
+            assert_equal(rows_of_table, model.table[:rows])
+            assert_equal(result, x + 1)
+            assert rows_of_table.data_ptr() == model.table.data_ptr()
+    assert_replayed(3)
+    assert cudagraph_backend.stats().captures == 2
 
 
 @pytest.mark.parametrize(("width", "rows"), [(10, 9), (12, 11), (4000, 3999)])
@@ -201,6 +240,7 @@ def test_rows_cut_from_columns_do_not_overlap_when_padded(compiles: Compile, wid
 
     x = torch.randn(4, width).t()[:rows]
     assert_equal(compiles(model)(x), model(x))
+    assert_replayed(1)
 
 
 def test_windows_of_a_dynamic_step_are_filled_or_not_padded(compiles: Compile):
@@ -211,12 +251,14 @@ def test_windows_of_a_dynamic_step_are_filled_or_not_padded(compiles: Compile):
     for step, rows in ((300, 9), (310, 7), (600, 9)):
         x = (torch.randn(20000) - 5).as_strided((rows, 500), (step, 1))
         torch.testing.assert_close(compiled(x), model(x))
+    assert_replayed(3)
 
 
 def test_an_expanded_argument_without_rows(compiles: Compile):
     compiled = compiles(lambda x: x * 2, dynamic=False)
     x = torch.randn(1, 4).expand(0, 4)
     assert compiled(x).shape == (0, 4)
+    assert_replayed(1)
 
 
 def test_training_gives_eagers_gradients(compiles: Compile):
@@ -229,3 +271,4 @@ def test_training_gives_eagers_gradients(compiles: Compile):
         x, tangent = torch.randn(rows, 4), torch.randn(rows, 3)
         gradients = [torch.autograd.grad(f(x, weight), weight, tangent)[0] for f in (compiled, model)]
         torch.testing.assert_close(*gradients)
+    assert_replayed(6)

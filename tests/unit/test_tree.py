@@ -38,7 +38,7 @@ def output_on(taken: OutputRange, value: int) -> torch.Tensor:
 
 
 def graph_at(ranges: Ranges, count: int | None = None) -> CapturedGraph:
-    return CapturedGraph(HostGraph(lambda: None), [], [r.offset for r in ranges[:count]])
+    return CapturedGraph(HostGraph(lambda: None), [], ranges[:count])
 
 
 def reserved(place: Place, needs: Sequence[int]) -> Ranges:
@@ -78,10 +78,12 @@ def test_a_region_with_more_outputs_adds_ranges_behind_the_others(place: Place):
 
 def test_the_last_range_grows_where_it_stands(place: Place):
     ranges = reserved(place, [64, 64])
-    before = [r.offset for r in ranges]
+    before, graph = [r.offset for r in ranges], graph_at(ranges)
     place.reserve(ranges, [64, 5 * ALIGNMENT])
     assert [r.offset for r in ranges] == before
     assert ranges[1].nbytes == 5 * ALIGNMENT
+    assert graph.fits(ranges)
+    assert place.has(graph)
 
 
 def test_a_range_with_another_behind_it_moves_and_leaves_its_memory(place: Place, pool: OutputPool):
@@ -211,6 +213,7 @@ def test_a_graph_fits_by_the_ranges_that_it_writes(place: Place):
     assert graph_at(ranges, 2).fits(ranges)
     assert not graph_at(list(reversed(ranges)), 2).fits(ranges)
     assert not graph_at(ranges, 3).fits(ranges[:2])
+    assert not graph_at(ranges, 1).fits([])
     assert graph_at([]).fits(ranges)
 
 

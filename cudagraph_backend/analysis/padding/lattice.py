@@ -99,6 +99,18 @@ class Operand:
         """The row dim counted from the end, as broadcasting aligns dims: ``-1`` is the last."""
         return None if self.rows is None else self.rows.dim - len(self.shape)
 
+    def check_place(self, place: int) -> None:
+        """Refuses unless rows are at ``place``, or the value, free of rows, is broadcast there.
+
+        A value of as many entries as there happen to be rows fits no bucket. (Shape checks while tracing see to most
+        of this, but not every operator has them.)
+        """
+        size = self.shape[place] if len(self.shape) >= -place else sympy.S.One
+        if self.place not in (place, None):
+            raise RefusePadding("rows along different dims meet")
+        if self.rows is FREE and size != 1:
+            raise RefusePadding("rows meet a dim of another size", frozenset(size.free_symbols))
+
     def holds(self, fact: Fact) -> bool:
         """Whether the padded rows hold ``fact``; without rows there are none that could break it."""
         return self.rows is None or bool(self.rows.holds & fact)
@@ -106,6 +118,18 @@ class Operand:
     def dim(self, dim: int) -> int:
         """``dim`` counted from the front."""
         return dim % len(self.shape) if self.shape else 0
+
+
+def meet(*operands: Operand | None) -> int | None:
+    """Where, counted from the end, the rows of ``operands`` meet that are broadcast to each other."""
+    given = [operand for operand in operands if operand is not None]
+    places = {operand.place for operand in given if operand.place is not None}
+    if len(places) > 1:
+        raise RefusePadding("rows along different dims meet")
+    for place in places:
+        for operand in given:
+            operand.check_place(place)
+    return places.pop() if places else None
 
 
 def in_order(rows: Rows) -> Rows:

@@ -15,7 +15,7 @@ from cudagraph_backend.errors import Refusal
 
 from . import rules
 from .call import RULES, Call, RegisteredRule, depends_on_size, leaves
-from .lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, Value
+from .lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, Value, meet
 from .symbolic import ROWS, Sizes, row_dim, shape_text
 
 _FILLS = {"replica": Fact.REPLICA, "zero": Fact.ZERO}
@@ -157,11 +157,12 @@ class _Walk:
         if node.args[0].op != "placeholder":  # type: ignore[union-attr]
             raise RefusePadding("writes in place into a tensor that is not an input")
         self.wrote = True
-        if source.rows is FREE:
-            return target.rows and Rows(target.rows.dim, target.rows.per)
-        if target.rows is FREE:
+        if target.rows is FREE and source.rows is not FREE:
             raise RefusePadding("padded rows would be written into an input free of rows")
-        if (source.place, source.rows.count, source.rows.together) != (target.place, target.rows.count, True):
+        meet(target, source)
+        if source.rows is FREE or target.rows is FREE:
+            return target.rows and Rows(target.rows.dim, target.rows.per)
+        if (source.rows.count, source.rows.together) != (target.rows.count, True):
             raise RefusePadding("rows from other places are written into an input's rows")
         return Rows(target.rows.dim, target.rows.per)
 

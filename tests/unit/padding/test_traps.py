@@ -130,6 +130,7 @@ ANYTHING: dict[str, tuple[Function, list[Callable[[], torch.Tensor]]]] = {
     "linear of merged rows": (lambda x: F.linear(x, TABLE), [lambda: rows(3, 4)]),
     "bmm": (lambda x: x @ x.transpose(1, 2), [lambda: rows(3, 4)]),
     "bmm along rows": (lambda x: torch.bmm(x, TABLE.t().expand(3, 4, 6)), [lambda: second(4)]),
+    "baddbmm": (lambda x: torch.baddbmm(TABLE[0, :3], x, x.transpose(1, 2)), [lambda: rows(3, 4)]),
     "layer norm": (lambda x: F.layer_norm(x, (4,)), [rows]),
     "group norm": (lambda x: F.group_norm(x, 2), [lambda: rows(4, 3)]),
     "own row number": (lambda x: x + torch.arange(x.shape[0])[:, None], [rows]),
@@ -248,6 +249,11 @@ REFUSED: dict[str, tuple[Function, list[Callable[[], torch.Tensor]], str]] = {
         [rows, ids],
         "aten.index_put",
     ),
+    "write as many values as rows": (
+        lambda x: torch.ops.aten.index_put(x, [None, CONSTANT], TABLE[:5, :2]),
+        [rows],
+        "aten.index_put",
+    ),
     "add to cache": (add_to_cache, [lambda: torch.zeros(6, 4), ids, rows], "aten.index_put"),
     "index add": (lambda x, i: TABLE.index_add(0, i, x), [rows, ids], "aten.index_put"),
     "all rows written by each": (
@@ -296,7 +302,15 @@ def test_refused_with_operator_and_source_line(name):
 
 
 #: Traced without Dynamo these fix the size (some with torch before 2.13 only), or write before the end.
-ONLY_BY_DYNAMO = {"bmm", "input written in place", "linear of merged rows", "pad columns", "pad rows", "upsample"}
+ONLY_BY_DYNAMO = {
+    "baddbmm",
+    "bmm",
+    "input written in place",
+    "linear of merged rows",
+    "pad columns",
+    "pad rows",
+    "upsample",
+}
 
 
 @pytest.mark.parametrize("name", sorted({*ANYTHING, *REPLICA} - ONLY_BY_DYNAMO))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..call import Call, rule
-from ..lattice import Fact, Operand, RefusePadding, Results
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, meet
 
 
 @rule(
@@ -20,10 +20,8 @@ def attention(call: Call) -> Results:
     if call["dropout_p"]:
         raise RefusePadding("draws random numbers for the rows")
     places = {_letter(query, "bhle"), _letter(key, "bhse"), _letter(value, "bhse")}
-    masked = _letter(mask, "bhls") if mask else None
-    if places in ({"b"}, {"h"}) and masked in (None, *places):
-        return call.each(Fact.REPLICA)
-    if places == {"l", None} and masked in (None, "l") and not call["is_causal"]:
+    if places in ({"b"}, {"h"}) or (places == {"l", None} and not call["is_causal"]):
+        meet(query, mask)
         return call.each(Fact.REPLICA)
     if places == {"l", "s"} and call["is_causal"] and mask is None:
         return _causal(call, key, value)
@@ -52,8 +50,11 @@ def attention_backward(call: Call) -> Results:
     per_row = ("query", "key", "value", "out", "logsumexp", "grad_out", "grad_out_")
     if call["dropout_p"] or any(call[name] is not None and call[name].row_dim != 0 for name in per_row):
         raise RefusePadding("attends over the padded rows")
-    mask = call["grad_input_mask"]
-    if bias is not None and bias.row_dim != 0 and mask is not None and mask[3]:
+    mask = call["attn_mask"] or bias
+    if mask:
+        mask.check_place(-4)
+    wanted = call["grad_input_mask"]
+    if bias and bias.rows is FREE and wanted and wanted[3]:
         raise RefusePadding("sums over the padded rows")
     return call.each(Fact.REPLICA)
 

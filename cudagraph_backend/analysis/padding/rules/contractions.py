@@ -39,12 +39,15 @@ def product_and_sum(call: Call) -> Results:
 def _contract(call: Call, added: Operand | None) -> Results:
     *factors, result = _LETTERS[call.node.target._schema.name]  # type: ignore[union-attr]
     operands = {letters: call[name] for name, letters in map(str.split, factors)}
-    letters = {letters[operand.rows.dim] for letters, operand in operands.items() if operand.rows}
+    found = {letters[operand.rows.dim] for letters, operand in operands.items() if operand.rows}
     if added is not None and added.place is not None:
-        letters.add(result[added.place])
-    if len(letters) > 1:
+        found.add(result[added.place])
+    if len(found) != 1 or any((found & set(letters)) and not operand.rows for letters, operand in operands.items()):
         raise RefusePadding("rows along different dims meet")
-    if letters <= set(result):
+    (letter,) = found
+    if letter in result:
+        if added is not None:
+            added.check_place(result.index(letter) - len(result))
         return call.keep(Fact.REPLICA)
     if not all(operand.rows and operand.holds(Fact.ZERO) for operand in operands.values()):
         raise RefusePadding("sums products over the padded rows")

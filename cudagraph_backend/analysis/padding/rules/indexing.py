@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from ..call import Call, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, common
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, common, meet
 
 
 @rule("aten::embedding")
@@ -89,9 +89,12 @@ def index_along(call: Call) -> Results:
 @rule("aten::slice_scatter", "aten::select_scatter")
 def write_slice(call: Call) -> Results:
     """Writes a fixed part of another dim."""
-    operand = call["self"]
-    if operand.rows is FREE or operand.dim(call["dim"]) == operand.row_dim:
+    operand, source, dim = call["self"], call["src"], call["self"].dim(call["dim"])
+    if operand.rows is FREE or dim == operand.row_dim:
         raise RefusePadding("writes rows into a part of a tensor")
+    drops_dim = len(source.shape) < len(operand.shape)
+    if source.row_dim != operand.row_dim - (drops_dim and dim < operand.row_dim):
+        raise RefusePadding("rows along different dims meet")
     return call.keep(Fact.REPLICA | Fact.ZERO)
 
 
@@ -124,6 +127,7 @@ def _reads(operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
             _is_own(index, operand)
         else:
             _stays_inside(index, operand.shape[dim])
+    meet(*indices.values())
     if operand.rows is not FREE and operand.row_dim not in indices and any(i.rows for i in indices.values()):
         raise RefusePadding("every row's indices are applied to every row")
     return [operand, *(index for dim, index in indices.items() if dim != operand.row_dim)]
@@ -133,6 +137,8 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
     operand: Operand = call["self"]
     deciding = _reads(operand, indices)
     source = values if isinstance(values, Operand) else None
+    if source is not None:
+        source.check_place(_place_in_selection(operand, indices))
     if operand.rows is not FREE:
         facts = Fact.REPLICA if source is None or source.rows is FREE else Fact.REPLICA | Fact.ZERO
         return call.keep(facts, *deciding, *filter(None, [source]))
@@ -144,6 +150,21 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
     if not harmless:
         raise RefusePadding("padded rows write into a tensor free of rows")
     return FREE
+
+
+def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int:
+    """Where, counted from the end, the rows are in ``operand[indices]``."""
+    dims, width = sorted(indices), max(len(index.shape) for index in indices.values())
+    together = dims == list(range(dims[0], dims[-1] + 1))
+    kept = [dim for dim in range(len(operand.shape)) if dim not in indices]
+    before = [dim for dim in kept if together and dim < dims[0]]
+    # dims of the selection: the operand's by their numbers, those of the indices counted from their end
+    selection = [*before, *range(-width, 0), *kept[len(before) :]]
+    place = meet(*indices.values())
+    place = operand.row_dim if place is None else place
+    if place is None:
+        raise RefusePadding("rows are written where there are none")
+    return selection.index(place) - len(selection)
 
 
 def _is_own(index: Operand, operand: Operand) -> None:

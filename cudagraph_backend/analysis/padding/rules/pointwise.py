@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ..call import Call, is_exact, leaves, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, meet
 
 #: Zero in every tensor gives zero, if the other numbers are finite.
 _ZERO_FROM_ZEROS = """
@@ -45,9 +45,7 @@ _DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.")
 )
 def pointwise(call: Call) -> Results:
     """Row by row, if all rows meet at the same dim."""
-    places = {operand.place for operand in call.operands} - {None}
-    if len(places) > 1:
-        raise RefusePadding("rows along different dims meet")
+    meet(*call.operands)
     _check_division(call)
     if isinstance(call.node.meta["val"], (tuple, list)):  # frexp
         return call.each(Fact.REPLICA)
