@@ -146,9 +146,31 @@ class Shapes:
         return expr(value)
 
 
-def expr(value: torch.SymInt | torch.SymFloat | torch.SymBool | int) -> sympy.Expr:
-    """A size, or what is computed from sizes, as a sympy expression over the region's symbols."""
-    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.Integer(value)
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def expr(value: Any) -> Any:
+    """A size, or a number computed from sizes, as a sympy expression over the region's symbols."""
+    return value.node.expr if isinstance(value, SYMBOLIC) else sympy.sympify(value)
+
+
+def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
+    """Whether an FX node's target is an overload of an operator (ATen, prims or custom)."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether an FX node's target takes graphs as arguments (``torch.cond``, ``scan``, …)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def operator_name(target: torch._ops.OpOverload) -> str:
+    """With namespace and overload: ``aten::sum.dim_IntList``."""
+    return target.name()
+
+
+def operator_schema(target: torch._ops.OpOverload) -> torch.FunctionSchema:
+    return target._schema
 
 
 def is_backed(expression: sympy.Expr) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
+from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.torch_internals import expr, is_backed
+from cudagraph_backend.torch_internals import SYMBOLIC, expr, is_backed, is_higher_order
 
 _CAPTURABLE_DEVICES = ("cuda", "cpu")
 
@@ -31,7 +31,7 @@ def devices_of(graph: Graph) -> set[torch.device]:
 
 
 def tensors_of(node: Node) -> Iterator[torch.Tensor]:
-    return (v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
+    return (v for v in leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
 
 
 def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
@@ -69,7 +69,7 @@ def _refused_op(node: Node) -> Refusal | None:
     if node.op == "get_attr":
         value = node.meta.get("val")
         return None if isinstance(value, torch.Tensor) or value is None else _refuse(node, "a captured object is read")
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if is_higher_order(node.target):
         return _refuse(node, "a higher-order operator may branch on data")
     tags = getattr(node.target, "tags", ())
     # The tag dynamic_output_shape says too little: aten.index has it, and gives such a shape for boolean masks only.
@@ -81,10 +81,9 @@ def _refused_op(node: Node) -> Refusal | None:
 
 
 def _has_unbacked_size(node: Node) -> bool:
-    for value in pytree.tree_leaves(node.meta.get("val")):
+    for value in leaves(node.meta.get("val")):
         sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-        symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
-        if any(isinstance(size, symbolic) and not is_backed(expr(size)) for size in sizes):
+        if any(isinstance(size, SYMBOLIC) and not is_backed(expr(size)) for size in sizes):
             return True
     return False
 

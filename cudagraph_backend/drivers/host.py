@@ -19,27 +19,36 @@ from cudagraph_backend.torch_internals import Compiled
 T = TypeVar("T")
 
 _RESERVED = 1 << 36  # 64 GiB of addresses; a page takes memory when it is first written
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in Python's mmap since 3.11? the value is Linux's
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on; the value is Linux's
 
 
 class HostMemory:
     """An anonymous map of addresses, used from its beginning."""
 
     def __init__(self) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-        self._map = mmap.mmap(-1, _RESERVED, flags=flags)
+        self._map = _reserve(_RESERVED)
         self.address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
         self.nbytes = 0
 
     def grow(self, nbytes: int) -> None:
-        if nbytes > _RESERVED:
-            raise torch.OutOfMemoryError(f"the output pool needs {nbytes} bytes; {_RESERVED} are reserved")
+        if nbytes > len(self._map):
+            raise torch.OutOfMemoryError(f"the output pool needs {nbytes} bytes; {len(self._map)} are reserved")
         self.nbytes = max(self.nbytes, nbytes)
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+
+def _reserve(nbytes: int) -> mmap.mmap:
+    """An anonymous map of ``nbytes``, or of less where the system limits addresses (``ulimit -v``, overcommit)."""
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    except OSError:
+        if nbytes <= 1 << 26:
+            raise
+        return _reserve(nbytes // 2)
 
 
 @dataclass(frozen=True, slots=True)

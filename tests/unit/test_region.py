@@ -12,7 +12,7 @@ import torch
 import cudagraph_backend
 from cudagraph_backend import torch_internals
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.output_pool import OutputRange
+from cudagraph_backend.output_pool import OutputRange, can_move_out
 from cudagraph_backend.region import DynamicDim, Region, SizeInput, TensorInput, evaluate, evaluate_all
 from cudagraph_backend.torch_internals import Shapes
 
@@ -153,7 +153,9 @@ def test_outputs_that_are_kept_keep_their_values(compiles: Compile):
         kept.append((compiled(x), x * 2))
     for got, expected in kept:
         assert_equal(got, expected)
-    assert_replayed(6)
+    stats = cudagraph_backend.stats()
+    # Where outputs can't move, four sets of ranges are held by the first four calls; further calls run uncaptured.
+    assert (stats.replays, sum(stats.fallbacks.values())) == ((6, 0) if can_move_out() else (4, 2))
 
 
 def test_an_output_fed_back_is_read_before_it_is_overwritten(compiles: Compile):
@@ -227,6 +229,7 @@ def test_rows_of_a_table_of_positions(compiles: Compile):
             assert_equal(rows_of_table, model.table[:rows])
             assert_equal(result, x + 1)
             assert rows_of_table.data_ptr() == model.table.data_ptr()
+            del rows_of_table, result  # kept, it would have the next call capture anew where outputs can't move
     assert_replayed(3)
     assert cudagraph_backend.stats().captures == 2
 

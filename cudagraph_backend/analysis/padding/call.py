@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch.fx import Node
 
+from cudagraph_backend.torch_internals import is_operator, operator_schema
+
 from .lattice import Fact, Operand, RefusePadding, Results, Rows, blocks_of, common
 from .symbolic import ROWS, Sizes, row_dim, whole
 
@@ -25,6 +27,12 @@ class Call:
     node: Node
     arguments: Mapping[str, Any]
     sizes: Sizes
+
+    @property
+    def operator(self) -> str:
+        """The operator's name without its overload: ``aten::sum``."""
+        assert is_operator(self.node.target)
+        return operator_schema(self.node.target).name
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.torch_internals import SYMBOLIC, is_operator, operator_name, operator_schema
 
 from . import rules
 from .call import RULES, Call, RegisteredRule, depends_on_size, leaves
@@ -19,8 +20,6 @@ from .lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, Value, m
 from .symbolic import ROWS, Sizes, row_dim, shape_text
 
 _FILLS = {"replica": Fact.REPLICA, "zero": Fact.ZERO}
-_Overload = type(torch.ops.aten.add.Tensor)
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _POINTWISE = RegisteredRule(rules.pointwise, frozenset())
 
 
@@ -106,9 +105,9 @@ class _Walk:
             raise RefusePadding(f"a node of kind {node.op}")
         if node.target is operator.getitem:
             return self._item(node)
-        if isinstance(node.target, _Overload):
+        if is_operator(node.target):
             return self._checked(node, self._call(node, node.target))
-        if isinstance(node.meta.get("val"), (*_SYMBOLIC, int, float, bool)):
+        if isinstance(node.meta.get("val"), (*SYMBOLIC, int, float, bool)):
             return FREE  # arithmetic on sizes; what depends on the padded size is seen where it is used
         raise RefusePadding("no padding rule for a higher-order operator")
 
@@ -130,7 +129,7 @@ class _Walk:
         return self._checked(node, item)
 
     def _call(self, node: Node, target: Any) -> Results:
-        schema = target._schema
+        schema = operator_schema(target)
         if target is torch.ops.aten.copy_.default:
             return self._write(node)
         if schema.is_mutable:
@@ -172,11 +171,11 @@ class _Walk:
             return [self._argument(item) for item in argument]
         if isinstance(argument, Node):
             return self._argument_of(argument)
-        return self._number(argument) if isinstance(argument, _SYMBOLIC) else argument
+        return self._number(argument) if isinstance(argument, SYMBOLIC) else argument
 
     def _argument_of(self, node: Node) -> object:
         val = node.meta.get("val")
-        if isinstance(val, _SYMBOLIC):
+        if isinstance(val, SYMBOLIC):
             return self._number(val)
         if isinstance(val, (list, tuple)):
             raise RefusePadding(f"{node.name} is used as a whole")
@@ -209,8 +208,8 @@ class _Walk:
 
 
 def _rule_for(target: Any) -> RegisteredRule:
-    if target.name() in RULES:
-        return RULES[target.name()]
+    if (name := operator_name(target)) in RULES:
+        return RULES[name]
     if torch.Tag.nondeterministic_seeded in target.tags:
         raise RefusePadding("draws random numbers for the rows")
     if torch.Tag.pointwise in target.tags:

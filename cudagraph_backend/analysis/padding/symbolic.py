@@ -8,17 +8,12 @@ from functools import lru_cache
 import sympy
 import torch
 
+from cudagraph_backend.torch_internals import expr
+
 from .lattice import RefusePadding
 
 #: Stands for every symbol that is padded together: ``n`` real rows, and the bucket once padded.
 ROWS = sympy.Symbol("n", integer=True, positive=True)
-
-
-def expr_of(number: object) -> sympy.Basic:
-    """The sympy expression of a number: Python's own, or torch's symbolic ones."""
-    if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return number.node.expr
-    return sympy.sympify(number)
 
 
 class Sizes:
@@ -30,7 +25,7 @@ class Sizes:
 
     def expr(self, number: object) -> sympy.Basic:
         """``number`` in terms of ``ROWS``, expanded so that equal sizes are equal expressions."""
-        raw = expr_of(number)
+        raw = expr(number)
         if raw not in self._seen:
             renamed = raw.xreplace(self._symbols)
             self._seen[raw] = sympy.expand(renamed) if isinstance(renamed, sympy.Expr) else renamed

@@ -37,7 +37,7 @@ def product_and_sum(call: Call) -> Results:
 
 
 def _contract(call: Call, added: Operand | None) -> Results:
-    *factors, result = _LETTERS[call.node.target._schema.name]  # type: ignore[union-attr]
+    *factors, result = _LETTERS[call.operator]
     operands = {letters: call[name] for name, letters in map(str.split, factors)}
     found = {letters[operand.rows.dim] for letters, operand in operands.items() if operand.rows}
     if added is not None and added.place is not None:

@@ -26,7 +26,7 @@ _CONSTANTS = {"aten::zeros": 0, "aten::zeros_like": 0, "aten::new_zeros": 0}
 )
 def constant(call: Call) -> Results:
     """All rows hold one number, whatever the operands hold."""
-    value = _CONSTANTS.get(call.node.target._schema.name, call["fill_value"])  # type: ignore[union-attr]
+    value = _CONSTANTS.get(call.operator, call["fill_value"])
     return _made(call, Fact.REPLICA | (Fact.ZERO if _is_zero(value) else Fact.NOTHING))
 
 

@@ -50,7 +50,7 @@ _ZERO_FROM_ZEROS = ("aten::amax", "aten::amin", "aten::any", "aten::sum")
 )
 def reduce(call: Call) -> Results:
     """Over other dims each row is reduced for itself; over the rows only what the padded rows can't change."""
-    operand, name = call.only("self"), call.node.target._schema.name  # type: ignore[union-attr]
+    operand, name = call.only("self"), call.operator
     if not over_rows(call):
         return call.keep(Fact.REPLICA | (Fact.ZERO if name in _ZERO_FROM_ZEROS else Fact.NOTHING))
     if not operand.holds(_EXACT_OVER_ROWS.get(name, Fact.NOTHING)):
