@@ -31,7 +31,7 @@ def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterat
         upper: the dim's upper bound, if it has one.
     """
     if capture_sizes != "auto":
-        yield from (size for size in capture_sizes if size >= n and (upper is None or size <= upper))
+        yield from (_bounded(size, upper) for size in capture_sizes if size >= n)
         return
     size = next_auto_size(n)
     # Guards may exclude a size (n % 8 != 0, n <= 20): a few larger ones are tried, not an endless list of them.
@@ -46,12 +46,12 @@ def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterat
 def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Callable[[int], bool]) -> int | None:
     """The bucket of ``n``: the smallest capture size that holds it and that the region's guards admit.
 
-    Returns ``n`` itself where ``"auto"`` finds no admitted size, and ``None`` where the user's list has none.
+    Returns ``n`` itself where no such size is admitted, and ``None`` above the largest of the user's sizes.
     """
     for size in candidates(n, capture_sizes, upper):
         if admits(size):
             return size
-    return n if capture_sizes == "auto" else None
+    return n if capture_sizes == "auto" or n <= max(capture_sizes) else None
 
 
 def largest(capture_sizes: CaptureSizes, upper: int | None, bucket: int) -> int:
@@ -61,7 +61,11 @@ def largest(capture_sizes: CaptureSizes, upper: int | None, bucket: int) -> int:
     large bound is no promise of the user's but a limit of some operator (65,535 blocks in a CUDA grid).
     """
     if capture_sizes != "auto":
-        return max(bucket, max((s for s in capture_sizes if upper is None or s <= upper), default=bucket))
+        return max(bucket, _bounded(max(capture_sizes), upper))
     if upper is not None and upper <= _LARGEST_BOUND_TO_PROVIDE_FOR:
         return max(bucket, upper)
     return 1 << (bucket - 1).bit_length()
+
+
+def _bounded(size: int, upper: int | None) -> int:
+    return size if upper is None else min(size, upper)

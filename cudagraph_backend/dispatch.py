@@ -104,12 +104,16 @@ class Table:
             other.graphs = [graph for graph in other.graphs if self.place.has(graph)]
         bucket.graphs.append(captured)
 
-    def largest(self, values: Values) -> Values:
-        """The sizes to provide memory for: those of the largest bucket, as far as it is known."""
+    def largest(self, values: Values, *, exact_dims: bool = False) -> Values:
+        """The sizes to provide memory for: those of the largest bucket, as far as it is known.
+
+        With ``exact_dims``, dims that are not padded count as well: buffers that grow one exact size at a time would
+        be as many as there are sizes.
+        """
         largest = dict(values)
-        for dim in self._padded_dims():
-            bucket = max(values[s] for s in dim.symbols)
-            size = buckets.largest(self._options.capture_sizes, dim.upper, bucket)
+        for dim in self.region.dims if exact_dims else self._padded_dims():
+            sizes = self._options.capture_sizes if dim.refusal is None else "auto"
+            size = buckets.largest(sizes, dim.upper, max(values[s] for s in dim.symbols))
             largest.update(dict.fromkeys(dim.symbols, size))
         return largest
 
@@ -139,34 +143,30 @@ class Table:
         for dim in self._padded_dims():
             found = {values[s] for s in dim.symbols}
             # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
-            if len(found) > 1 or self._overlaps(values):
+            if len(found) > 1 or self._overlaps(dim, values):
                 continue
             n = found.pop()
             size = buckets.choose(n, self._options.capture_sizes, dim.upper, self._admits(dim, values))
             if size is None:
-                return Refusal(f"size {n} of dim {dim.name} has no bucket: {self._accepted_sizes()}")
+                return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
             values.update(dict.fromkeys(dim.symbols, size))
         return tuple(evaluate(s.size, values) for s in self.region.sizes)
 
     def _admits(self, dim: DynamicDim, values: Values) -> Callable[[int], bool]:
         def admits(size: int) -> bool:
             padded = {**values, **dict.fromkeys(dim.symbols, size)}
-            if self._overlaps(padded):
+            if self._overlaps(dim, padded):
                 return False
             return self.region.shapes.admits([evaluate(s.size, padded) for s in self.region.sizes])
 
         return admits
 
-    def _overlaps(self, values: Values) -> bool:
-        return any(overlaps_itself(*shape_at(tensor, values)) for tensor in self.staged)
-
-    def _accepted_sizes(self) -> str:
-        sizes = self._options.capture_sizes
-        return f"the guards admit no larger size than {sizes}" if sizes == "auto" else f"capture_sizes is {[*sizes]}"
+    def _overlaps(self, dim: DynamicDim, values: Values) -> bool:
+        return any(overlaps_itself(*shape_at(t, values)) for t in self.staged if t.symbols & dim.symbols)
 
     def _new_bucket(self, sizes: Sizes) -> Bucket:
         values = self.region.values(sizes)
-        largest = self.largest(values)
+        largest = self.largest(values, exact_dims=True)
         indices = [i.index for i in self.region.inputs] + [s.index for s in self.region.sizes]
         args: list[Any] = [None] * (1 + max(indices, default=-1))
         for source, size in zip(self.region.sizes, sizes, strict=True):

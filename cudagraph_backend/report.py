@@ -115,10 +115,12 @@ def _explain_dim(dim: DynamicDim) -> str:
 
 
 def _bucket_sizes(replayer: Replayer, captured: Sequence[Sizes]) -> str:
-    names = [str(s.size) for s in replayer.region.sizes]
-    if not names:
+    dims = replayer.region.dims
+    if not dims:
         return "one, for its fixed sizes"
-    return ", ".join("×".join(map(str, sizes)) for sizes in captured) + f" ({'×'.join(names)})"
+    values = [replayer.region.values(sizes) for sizes in captured]
+    rows = ["×".join(str(at[next(iter(dim.symbols))]) for dim in dims) for at in values]
+    return f"{', '.join(rows)} ({' × '.join(dim.name for dim in dims)})"
 
 
 def _buckets(replayer: Replayer) -> Collection[Bucket]:

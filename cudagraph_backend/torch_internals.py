@@ -18,7 +18,7 @@ import torch._inductor.config as inductor_config
 from torch._dynamo.mutation_guard import GenerationTracker
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.cudagraph_trees import MarkStepBox
+from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
@@ -228,3 +228,15 @@ def outside_inference_mode() -> Iterator[None]:
     """Buffers made here are ordinary tensors, usable from inference mode and from outside of it alike."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def stock_graph_count(device: torch.device) -> int:
+    """The graphs that PyTorch's own cudagraph trees hold; they keep no counter, so the tree is walked."""
+    manager = get_manager(device.index or 0, create_if_none_exists=False)
+    waiting = [node for nodes in manager.roots.values() for node in nodes] if manager else []
+    count = 0
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        waiting.extend(child for children in node.children.values() for child in children)
+    return count

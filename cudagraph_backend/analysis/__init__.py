@@ -123,6 +123,6 @@ def _overlaps_when_padded(tensor: TensorInput, dim: DynamicDim) -> bool:
     if not tensor.symbols & dim.symbols or any(e.free_symbols for e in tensor.stride):
         return False
     stride = [int(e) for e in tensor.stride]
-    large = sympy.Integer(1 + max(stride, default=0))
-    size = [int(e.xreplace(dict.fromkeys(e.free_symbols, large))) for e in tensor.size]
+    padded = dict.fromkeys(dim.symbols, sympy.Integer(1 + max(stride, default=0)))
+    size = [int(e.xreplace({**dict.fromkeys(e.free_symbols, sympy.Integer(2)), **padded})) for e in tensor.size]
     return overlaps_itself(size, stride)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import cudagraph_backend as sg
+from cudagraph_backend import torch_internals
 from cudagraph_backend.demo.workload import Batch, Workload
 
 WARM_UP_CALLS = 3
@@ -92,20 +93,6 @@ def max_abs_error(result: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else float(error)
 
 
-def _stock_captures(device: torch.device) -> int:
-    """The graphs that PyTorch's own cudagraph trees hold; they keep no counter, so the tree is walked."""
-    from torch._inductor import cudagraph_trees
-
-    manager = cudagraph_trees.get_manager(device.index or 0, create_if_none_exists=False)
-    waiting = [node for nodes in manager.roots.values() for node in nodes] if manager else []
-    count = 0
-    while waiting:
-        node = waiting.pop()
-        count += 1
-        waiting.extend(child for children in node.children.values() for child in children)
-    return count
-
-
 EAGER = Way("eager", lambda module: module, lambda device: 0, untimed_passes=0)
 WAYS = (
     EAGER,
@@ -114,7 +101,7 @@ WAYS = (
     Way(
         "reduce-overhead",
         lambda module: torch.compile(module, mode="reduce-overhead"),
-        _stock_captures,
+        torch_internals.stock_graph_count,
         untimed_passes=2,
         cuda_only=True,
     ),

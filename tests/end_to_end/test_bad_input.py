@@ -124,7 +124,7 @@ def test_strict_raises_at_sizes_without_a_bucket(device):
     with torch.no_grad():
         compiled(torch.randn(5, 4, device=device))
         compiled(torch.randn(7, 4, device=device))
-        with pytest.raises(sg.RefusalError, match=r"size 9 of dim .* has no bucket: capture_sizes is \[8\]"):
+        with pytest.raises(sg.RefusalError, match=r"dim .* is larger than the largest of capture_sizes"):
             compiled(torch.randn(9, 4, device=device))
 
 

@@ -94,8 +94,7 @@ def test_a_size_above_the_last_bucket_is_not_silent(device):
     for n in (3, 4, 9):
         assert f(torch.ones(n, device=device)).tolist() == [2.0] * n
     (reason,) = sg.stats().fallbacks
-    assert "size 9" in reason
-    assert "capture_sizes is [2, 4]" in reason
+    assert "larger than the largest of capture_sizes" in reason
 
 
 def test_replacing_the_weights(device):

@@ -185,6 +185,16 @@ def test_a_range_that_is_freed_while_live_is_reused_when_it_is_dead(pool: Output
     assert pool.allocate(64).offset == taken.offset
 
 
+def test_a_live_range_stays_when_others_that_were_freed_with_it_are_dropped(pool: OutputPool):
+    dead, live = pool.allocate(64), pool.allocate(64)
+    output = output_on(live, 64).fill_(3)
+    pool.free([dead, live])
+    assert [pool.allocate(64).offset for _ in range(2)] == [dead.offset, 2 * ALIGNMENT]
+    assert pool.find(output.data_ptr()) is live
+    del output
+    assert pool.allocate(64).offset == live.offset
+
+
 def test_extending_needs_room_behind(pool: OutputPool):
     first, second = pool.allocate(1), pool.allocate(1)
     assert not pool.extend(first, 2 * ALIGNMENT)

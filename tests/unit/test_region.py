@@ -257,6 +257,19 @@ def test_windows_of_a_dynamic_step_are_filled_or_not_padded(compiles: Compile):
     assert_replayed(3)
 
 
+def test_windows_are_captured_at_their_own_size_whatever_the_users_sizes_are(compiles: Compile):
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return (x * 2).sum(1)
+
+    compiled, memory = compiles(model, capture_sizes=[16, 64]), torch.randn(400)
+    for rows in (9, 11, 9):
+        x = memory.as_strided((rows, 4), (2, 1))
+        torch.testing.assert_close(compiled(x), model(x))
+    assert_replayed(3)
+    stats = cudagraph_backend.stats()
+    assert (stats.graphs, stats.rows_padded) == (2, 0)
+
+
 def test_an_expanded_argument_without_rows(compiles: Compile):
     compiled = compiles(lambda x: x * 2, dynamic=False)
     x = torch.randn(1, 4).expand(0, 4)
