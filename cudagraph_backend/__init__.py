@@ -8,9 +8,9 @@ The way of the data::
      3  analysis      inputs, dynamic dims and their padding verdict            analysis, region
      4  Inductor      each region compiled once, for symbolic sizes             torch_internals
      -- compile time above, call time below ----------------------------------------------------
-     5  dispatch      size -> bucket -> graph                                   replay, buckets, tree
+     5  dispatch      size -> bucket -> graph                                   dispatch, buckets, tree
      6  staging       real rows into static buffers, padded rows filled         staging
-     7  replay        scratch in the memory pool                                drivers
+     7  replay        scratch in the memory pool                                replay, capture, drivers
      8  outputs       results in the output pool, returned as views of it       outputs, output_pool
 """
 

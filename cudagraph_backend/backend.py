@@ -76,6 +76,8 @@ class Backend:
         for replayer in self.regions():
             replayer.reset()
         self._replayers.clear()
+        for device in self._devices.values():
+            device.pool.move_all_out()
         self._devices.clear()
 
 

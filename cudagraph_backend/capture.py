@@ -45,7 +45,10 @@ def provide_ranges(
     largest = layout_at(region, layout, table.largest(values))
     needs = [max(pair) for pair in zip(layout.range_nbytes, largest.range_nbytes, strict=True)]
     try:
-        table.place.reserve(ranges, needs)
+        try:
+            table.place.reserve(ranges, needs)
+        except torch.OutOfMemoryError:
+            table.place.reserve(ranges, layout.range_nbytes)
     except torch.OutOfMemoryError as error:
         return Refusal(f"no memory for the output pool: {error}")
     bucket.layout, plan.layout = layout, layout_at(region, layout, real)

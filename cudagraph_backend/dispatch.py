@@ -22,10 +22,10 @@ from cudagraph_backend.tree import CapturedGraph, Ranges
 
 Sizes = tuple[int, ...]
 
-_LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
 _TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _STATIC_INPUTS_MOVE = Refusal("static inputs keep moving to new addresses")
 _ADDRESSES_PER_BUCKET = 64  # a loop over layers calls one region with as many sets of parameters
+_UNUSED_CAPTURES = 8
 
 
 @dataclass(slots=True)
@@ -33,13 +33,16 @@ class Bucket:
     """One combination of capture sizes of a region, and its graphs: one per set of addresses.
 
     ``args`` holds sizes and staging buffers by argument, ``None`` where the call's own (static) argument goes.
-    ``layout`` is observed at the first capture.
+    ``layout`` is observed at the first capture. ``unused`` counts captures since a graph was last replayed, and
+    ``last_addresses`` are the static addresses that were refused last.
     """
 
     sizes: Sizes
     args: list[Any]
     layout: Layout | None = None
     graphs: list[CapturedGraph] = field(default_factory=list)
+    unused: int = 0
+    last_addresses: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -75,7 +78,9 @@ class Table:
         if plan is None:
             try:
                 plan = self._plans[sizes] = self._new_plan(sizes)
-            except torch.OutOfMemoryError:  # not remembered: memory may come back
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; not remembered, as memory may come back
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
                 return Refusal("no memory for the staging buffers")
         return plan
 
@@ -83,26 +88,37 @@ class Table:
         """From now on calls of these sizes run the compiled region."""
         self._plans[sizes] = refusal
 
-    def graph(self, plan: Plan, args: list[Any], ranges: Ranges | None) -> Graph | Refusal | None:
+    def graph(self, plan: Plan, args: list[Any], ranges: Ranges) -> Graph | Refusal | None:
         """The graph to replay for a call; ``None`` if it must be captured first; or why it can't be."""
-        if ranges is None:
-            return _LIVE_OUTPUTS
         if plan.layout is None and plan.bucket.layout is not None:
             plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
         for captured in plan.bucket.graphs:
             if captured.fits(ranges) and addresses_equal(args, captured.static_addresses, self.static):
+                plan.bucket.unused = 0
                 return captured.graph
-        if sum(len(bucket.graphs) for bucket in self.buckets.values()) >= self._options.max_graphs:
+        if self._graph_count() >= self._options.max_graphs:
             return _TOO_MANY_GRAPHS
-        if len(plan.bucket.graphs) >= _ADDRESSES_PER_BUCKET:
-            return _STATIC_INPUTS_MOVE
-        return None
+        return self._refused_move(plan.bucket, args)
+
+    def _refused_move(self, bucket: Bucket, args: list[Any]) -> Refusal | None:
+        """After several captures that no call made use of, addresses must be met twice in a row to be captured."""
+        if bucket.unused < _UNUSED_CAPTURES:
+            return None
+        addresses = [args[i].data_ptr() for i in self.static]
+        if addresses == bucket.last_addresses:
+            return None
+        bucket.last_addresses = addresses
+        return _STATIC_INPUTS_MOVE
+
+    def _graph_count(self) -> int:
+        return sum(len(bucket.graphs) for bucket in self.buckets.values())
 
     def add(self, bucket: Bucket, captured: CapturedGraph) -> None:
         """Keep a new graph; graphs whose output ranges have moved since are of no use any more."""
         for other in self.buckets.values():
             other.graphs = [graph for graph in other.graphs if self.place.has(graph)]
-        bucket.graphs.append(captured)
+        bucket.graphs = [*bucket.graphs[1 - _ADDRESSES_PER_BUCKET :], captured]
+        bucket.unused += 1
 
     def largest(self, values: Values, *, exact_dims: bool = False) -> Values:
         """The sizes to provide memory for: those of the largest bucket, as far as it is known.
@@ -126,7 +142,10 @@ class Table:
             return chosen
         if any(t.mutated and overlaps_itself(*shape_at(t, self.region.values(sizes))) for t in self.staged):
             return Refusal("an input that is written in place overlaps itself in memory")
-        bucket = self.buckets.get(chosen) or self._new_bucket(chosen)
+        bucket = self.buckets.get(chosen)
+        if bucket is None and self._graph_count() >= self._options.max_graphs:
+            return _TOO_MANY_GRAPHS
+        bucket = bucket or self._new_bucket(chosen)
         values, padded = self.region.values(sizes), self.region.values(chosen)
         rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
         return Plan(
@@ -146,6 +165,8 @@ class Table:
             if len(found) > 1 or self._overlaps(dim, values):
                 continue
             n = found.pop()
+            if n == 0:  # there is no last row to repeat
+                continue
             size = buckets.choose(n, self._options.capture_sizes, dim.upper, self._admits(dim, values))
             if size is None:
                 return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
@@ -190,7 +211,7 @@ class Table:
     def _row_entries(self, expression: Any, length: int, values: Values) -> int:
         """Entries per row of a dim whose size is ``expression``: 2 for ``2*s``."""
         rows = next((values[s] for s in expression.free_symbols if any(s in d.symbols for d in self._padded_dims())), 1)
-        return max(length // rows, 1)
+        return max(length // max(rows, 1), 1)
 
     def _fill(self, tensor: TensorInput) -> Fill | float:
         irrelevant = not any(d.needs_fill for d in self._padded_dims() if d.symbols & tensor.symbols)

@@ -150,6 +150,12 @@ class OutputPool:
     def dead_ranges(self) -> list[OutputRange]:
         return [r for r in self._ranges if not r.is_live()]
 
+    def move_all_out(self) -> None:
+        """Give every live output memory of its own, where this torch can, so that the pool's memory can go."""
+        for taken in self._ranges if can_move_out() else ():
+            if taken.is_live():
+                taken.move_out()
+
     def find(self, address: int) -> OutputRange | None:
         """The range that holds an address."""
         start = self._memory.address

@@ -54,11 +54,27 @@ class Pooled:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """An output that is one of the arguments, or a view of a static one."""
+    """An output that is one of the arguments, or a view of a static one.
+
+    The offset of ``view`` counts from the argument's beginning: the region may be called with parameters that lie
+    elsewhere in their storage. ``None``: the argument itself.
+    """
 
     index: int
     view: StorageView | None
-    """The view on the argument's storage; ``None``: the argument itself."""
+
+    def of(self, argument: torch.Tensor) -> torch.Tensor:
+        if self.view is None:
+            return argument
+        start = argument.storage_offset() * argument.element_size() // self.view.dtype.itemsize
+        return replace(self.view, offset=start + self.view.offset).on(argument.untyped_storage())
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """An output that is the same tensor object as an earlier one, as autograd's version counters must know."""
+
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,7 @@ class Number:
     value: int | None
 
 
-Entry = Pooled | Returned | Number
+Entry = Pooled | Returned | Same | Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +107,9 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
     Outputs that share a storage share a range. Returns a refusal if the run contradicts what the analysis expects.
     """
     identical = {id(args[i.index]): i.index for i in region.inputs}
-    static = {args[i.index].untyped_storage()._cdata: i.index for i in region.inputs if i.role == "static"}
+    static = [(i.index, args[i.index]) for i in region.inputs if i.role == "static"]
     ranges: dict[int, int] = {}
+    seen: dict[int, int] = {}
     entries: list[Entry] = []
     for index, (output, known) in enumerate(zip(outputs, region.outputs, strict=True)):
         if not isinstance(output, torch.Tensor):
@@ -100,21 +117,38 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
             continue
         if not isinstance(known, TensorOutput) or evaluate_all(known.size, values) != tuple(output.shape):
             return Refusal(f"output {index} has size {tuple(output.shape)}, which the graph does not state")
-        storage = output.untyped_storage()._cdata
         if id(output) in identical:
             entries.append(Returned(identical[id(output)], None))
-        elif storage in static:
-            entries.append(Returned(static[storage], _view_of(output)))
+        elif id(output) in seen:
+            entries.append(Same(seen[id(output)]))
+        elif (view := _view_of_static(output, static)) is not None:
+            entries.append(view)
         else:
+            storage = output.untyped_storage()._cdata
             entries.append(Pooled(ranges.setdefault(storage, len(ranges)), _view_of(output)))
+        seen.setdefault(id(output), index)
     return _layout(entries)
+
+
+def _view_of_static(output: torch.Tensor, static: Sequence[tuple[int, torch.Tensor]]) -> Returned | None:
+    """The output as a view of the static input that holds all of it, if there is one."""
+    view = _view_of(output)
+    for index, source in static:
+        if source.untyped_storage()._cdata != output.untyped_storage()._cdata:
+            continue
+        start = source.storage_offset() * source.element_size()
+        end = start + extent(source.shape, source.stride()) * source.element_size()
+        first = view.offset * view.dtype.itemsize
+        if start <= first and view.nbytes <= end and (first - start) % view.dtype.itemsize == 0:
+            return Returned(index, replace(view, offset=(first - start) // view.dtype.itemsize))
+    return None
 
 
 def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
     """The layout of a call's real rows inside a bucket's: same places, the sizes and strides of the call."""
     entries: list[Entry] = []
     for entry, known in zip(bucket.entries, region.outputs, strict=True):
-        if isinstance(known, TensorOutput) and not isinstance(entry, Number) and entry.view is not None:
+        if isinstance(known, TensorOutput) and isinstance(entry, (Pooled, Returned)) and entry.view is not None:
             size = evaluate_all(known.size, values)
             stride = entry.view.stride if known.stride is None else evaluate_all(known.stride, values)
             entries.append(replace(entry, view=replace(entry.view, size=size, stride=stride)))
@@ -128,7 +162,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
 def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
     """A refusal if the strides that Inductor stated are not those it returned: other sizes would be a guess then."""
     for index, (entry, known) in enumerate(zip(bucket.entries, region.outputs, strict=True)):
-        if isinstance(entry, Number) or entry.view is None:
+        if not isinstance(entry, (Pooled, Returned)) or entry.view is None:
             continue
         if isinstance(known, TensorOutput) and known.stride is not None:
             stated, view = evaluate_all(known.stride, values), entry.view
@@ -163,8 +197,9 @@ def make_outputs(
         if isinstance(entry, Pooled):
             outputs.append(entry.view.on(storages[entry.range]))
         elif isinstance(entry, Returned):
-            tensor = args[entry.index]
-            outputs.append(tensor if entry.view is None else entry.view.on(tensor.untyped_storage()))
+            outputs.append(entry.of(args[entry.index]))
+        elif isinstance(entry, Same):
+            outputs.append(outputs[entry.index])
         else:
             outputs.append(entry.value)
     return outputs

@@ -71,7 +71,6 @@ class DynamicDim:
     """
 
     symbols: frozenset[sympy.Symbol]
-    lower: int
     upper: int | None
     refusal: Refusal | None
     needs_fill: bool

@@ -17,12 +17,14 @@ from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
 from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, make_outputs
 from cudagraph_backend.region import Region
-from cudagraph_backend.staging import stage, write_back
+from cudagraph_backend.staging import shares_memory, stage, write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
 from cudagraph_backend.tree import Ranges
 
 log = logging.getLogger("cudagraph_backend")
 
+_LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
+_SHARED_MEMORY = Refusal("an argument that is written in place shares memory with another argument")
 _CAPTURED_OUTSIDE = Refusal("called inside somebody else's capture")
 
 
@@ -55,6 +57,7 @@ class Replayer:
         self._place = place
         self._register = register
         self._find_device = device
+        self._writes = any(i.mutated for i in region.inputs)
         self._mutated = frozenset(i.index for i in region.inputs if i.role == "staged" and i.mutated)
         self.reset()
         self._make_known()
@@ -82,24 +85,31 @@ class Replayer:
         plan = table.plan(tuple([size.read(args) for size in self.region.sizes]))
         if isinstance(plan, Refusal):
             return plan
+        if self._writes and shares_memory(self.region.inputs, args):
+            return _SHARED_MEMORY
         ranges = table.place.free_ranges(len(plan.layout.range_nbytes) if plan.layout else None)
+        if ranges is None:
+            return _LIVE_OUTPUTS
         graph = table.graph(plan, args, ranges)
-        if isinstance(graph, Refusal) or ranges is None:
-            return graph  # type: ignore[return-value]  # without ranges it is a refusal
+        if isinstance(graph, Refusal):
+            return graph
         stage(plan.copies, args)
         if table.device.driver.poison:
             table.device.poison_dead_ranges()
         if graph is None or plan.layout is None:
             return self._capture(table, plan, args, ranges)
         graph.replay()
+        self._count_replay(plan)
         return self._finish(plan, plan.layout, args, ranges)
+
+    def _count_replay(self, plan: Plan) -> None:
+        self.counters.replays += 1
+        self.counters.rows_real += plan.rows_real
+        self.counters.rows_padded += plan.rows_padded
 
     def _finish(self, plan: Plan, layout: Layout, args: list[Any], ranges: Ranges) -> list[Any]:
         if self._mutated:
             write_back(plan.copies, args, self._mutated)
-        self.counters.replays += 1
-        self.counters.rows_real += plan.rows_real
-        self.counters.rows_padded += plan.rows_padded
         outputs = make_outputs(layout, ranges, args, self.region.name, current_step())
         args.clear()
         return outputs
@@ -116,25 +126,32 @@ class Replayer:
         if isinstance(layout, Refusal):
             table.refuse(plan.sizes, layout)
             write_back(plan.copies, args, self._mutated)
+            self._count(layout)
             return capture.detached_outputs(table, plan, args, inputs, results)
         del results  # scratch of the memory pool: capture may use it
         try:
             capture.record(table, plan.bucket, layout, inputs, ranges)
             self.counters.captures += 1
+            self._count_replay(plan)
         except CaptureError as error:
             self._refusal = Refusal(f"capture failed: {error}")
+            self._count(self._refusal)
         return self._finish(plan, plan.layout or layout, args, ranges)
 
     # ---- the way around
 
     def _run_compiled(self, args: list[Any], refusal: Refusal) -> Sequence[Any]:
+        self._count(refusal)
+        return self._compiled(args)
+
+    def _count(self, refusal: Refusal) -> None:
+        """Count a call that no graph answers. Raises ``RefusalError`` with ``strict``."""
         if self._options.strict:
             raise RefusalError(f"{self.region.name}: {refusal}")
         self._make_known()
         if refusal.reason not in self.counters.fallbacks:
             log.warning("%s runs uncaptured: %s", self.region.name, refusal)
         self.counters.fallbacks[refusal.reason] += 1
-        return self._compiled(args)
 
     def _new_table(self) -> Table:
         """At the first call, and after a reset: find the device's driver and pool, and this region's place."""

@@ -107,7 +107,7 @@ def _explain(replayer: Replayer) -> list[str]:
 
 
 def _explain_dim(dim: DynamicDim) -> str:
-    sizes = f"{dim.name} ({dim.lower} to {'any size' if dim.upper is None else dim.upper})"
+    sizes = f"{dim.name} ({'any size' if dim.upper is None else f'up to {dim.upper}'})"
     if dim.refusal is not None:
         return f"{sizes}: not padded, one graph per size: {dim.refusal}"
     needs = "what they hold matters" if dim.needs_fill else "they may hold anything"

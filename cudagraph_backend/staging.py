@@ -15,6 +15,8 @@ from cudagraph_backend.region import TensorInput, Values, evaluate_all
 from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once
 from cudagraph_backend.torch_internals import outside_inference_mode
 
+_PROVIDED_AT_ONCE = 1 << 28  # bytes of one buffer; beyond 256 MiB a bound is no reason to take memory in advance
+
 
 def shape_at(tensor: TensorInput, values: Values) -> Shape:
     return evaluate_all(tensor.size, values), evaluate_all(tensor.stride, values)
@@ -61,6 +63,28 @@ def write_back(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor], mutat
             copy.argument(args[copy.index]).copy_(copy.real)
 
 
+def shares_memory(inputs: Sequence[TensorInput], args: Sequence[torch.Tensor]) -> bool:
+    """Whether an argument that the region writes meets another one in memory, and staging would take them apart.
+
+    The compiled region sees a write through both; AOTAutograd guards against the overlap only if there was one when it
+    compiled.
+    """
+    written = [(i, *_byte_span(args[i.index])) for i in inputs if i.mutated]
+    others = [(i, *_byte_span(args[i.index])) for i in inputs if i.mutated or i.role == "staged"]
+    if any(i.role == "staged" for i, _, _ in written):
+        others = [(i, *_byte_span(args[i.index])) for i in inputs]
+    return any(
+        a is not b and (a.role == "staged" or b.role == "staged") and start < b_end and b_start < end
+        for a, start, end in written
+        for b, b_start, b_end in others
+    )
+
+
+def _byte_span(tensor: torch.Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
+
+
 class StagingBuffers:
     """The buffers of one region. Buffers grow by replacement; graphs made before keep the one they read."""
 
@@ -72,14 +96,18 @@ class StagingBuffers:
         return list(self._buffers.values())
 
     def at(self, tensor: TensorInput, bucket: Shape, largest: Shape) -> torch.Tensor:
-        """The buffer of ``tensor``, seen at a bucket's size and stride; room is made for ``largest`` at once."""
-        need = max(extent(*bucket), 1)
+        """The buffer of ``tensor``, seen at a bucket's size and stride; room is made for ``largest`` at once.
+
+        Raises ``torch.OutOfMemoryError`` (or, on a CPU, ``RuntimeError``) if there is none.
+        """
+        need, provided = max(extent(*bucket), 1), extent(*largest)
+        if provided * tensor.dtype.itemsize > _PROVIDED_AT_ONCE:
+            provided = need
         buffer = self._buffers.get(tensor.index)
-        if buffer is None or buffer.numel() < need:
-            with outside_inference_mode():
-                buffer = torch.zeros(max(need, extent(*largest)), dtype=tensor.dtype, device=self._device)
-            self._buffers[tensor.index] = buffer
         with outside_inference_mode():
+            if buffer is None or buffer.numel() < need:
+                buffer = torch.zeros(max(need, provided), dtype=tensor.dtype, device=self._device)
+                self._buffers[tensor.index] = buffer
             return buffer.as_strided(*bucket)
 
 

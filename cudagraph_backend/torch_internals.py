@@ -120,17 +120,23 @@ class Shapes:
         self._symints = list(symints)
         self._guards: str | None = None
 
-    def freeze_guards(self) -> None:
-        """Take the guards as they stand; call it after Inductor compiled the region, which adds some."""
-        if self._env is not None:
-            self._guards = self._env.produce_guards_expression(placeholders=self._symints)
+    def freeze_guards(self) -> bool:
+        """Take the guards as they stand; call it after Inductor compiled the region, which adds some.
 
-    def bounds(self, symbol: sympy.Symbol) -> tuple[int, int | None]:
-        """Smallest and largest size of ``symbol`` (``None``: unbounded)."""
-        interval = self._env.var_to_range[symbol]  # type: ignore[union-attr]
-        upper = interval.upper
-        bounded = isinstance(upper, sympy.Integer) and int(upper) < 2**31
-        return int(interval.lower), int(upper) if bounded else None
+        Returns false if they can't be told: they name a size of the frame that this region does not receive.
+        """
+        if self._env is None:
+            return True
+        try:
+            self._guards = self._env.produce_guards_expression(placeholders=self._symints)
+        except AssertionError:  # "sources must not be empty for symbol"
+            return False
+        return True
+
+    def upper_bound(self, symbol: sympy.Symbol) -> int | None:
+        """Largest size of ``symbol``; ``None`` if it has no bound."""
+        upper = self._env.var_to_range[symbol].upper  # type: ignore[union-attr]
+        return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
 
     def admits(self, sizes: Sequence[int]) -> bool:
         """Whether the compiled region is valid for these values of its SymInt inputs, in their order."""

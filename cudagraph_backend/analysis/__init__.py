@@ -33,7 +33,7 @@ def analyse(
     devices = devices_of(graph)
     refusal = capture_refusal(graph, example_inputs, devices)
     sizes = size_inputs(example_inputs)
-    inputs = tensor_inputs(graph, example_inputs, static, mutated=())
+    inputs = tensor_inputs(graph, example_inputs, static)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
     return Region(
         number=number,
@@ -52,7 +52,7 @@ def analyse(
 
 def complete(region: Region, compiled: Any) -> Region:
     """The same region with what Inductor decided while compiling it."""
-    region.shapes.freeze_guards()
+    guards_known = region.shapes.freeze_guards()
     mutated = torch_internals.mutated_inputs(compiled)
     inputs = tuple(dataclasses.replace(i, mutated=i.index in mutated) for i in region.inputs)
     outputs = with_strides(region.outputs, torch_internals.output_strides(compiled), region.shapes)
@@ -61,7 +61,7 @@ def complete(region: Region, compiled: Any) -> Region:
         region,
         inputs=inputs,
         outputs=outputs,
-        dims=tuple(_with_layout(dim, inputs, outputs) for dim in region.dims),
+        dims=tuple(_with_layout(dim, inputs, outputs) if guards_known else _unguarded(dim) for dim in region.dims),
         refusal=refusal,
         has_effects=region.has_effects or bool(mutated),
     )
@@ -94,6 +94,11 @@ def _refused_mutation(inputs: Sequence[TensorInput]) -> Refusal | None:
         if tensor.mutated and tensor.role == "staged" and _is_expanded(tensor):
             return Refusal(f"input {tensor.name} is written in place and several of its entries share an address")
     return None
+
+
+def _unguarded(dim: DynamicDim) -> DynamicDim:
+    reason = "a guard compares the dim with a size that the region does not receive"
+    return dim if dim.refusal is not None else dataclasses.replace(dim, refusal=Refusal(reason))
 
 
 def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], outputs: Sequence[Any]) -> DynamicDim:

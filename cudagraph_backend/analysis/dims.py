@@ -33,12 +33,14 @@ def _dim(
     graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
 ) -> DynamicDim:
     verdict = _linked_verdict(graph, symbols, options)
-    refusal = verdict.refusal or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
-    bounds = [shapes.bounds(symbol) for symbol in verdict.symbols]
-    upper = [high for _, high in bounds if high is not None]
+    refusal = (
+        verdict.refusal
+        or _refused_number(verdict.symbols, inputs)
+        or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
+    )
+    upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
-        lower=max(low for low, _ in bounds),
         upper=min(upper) if upper else None,
         refusal=refusal,
         needs_fill=verdict.needs_fill,
@@ -55,6 +57,12 @@ def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Opt
     while verdict.refusal is not None and verdict.link - verdict.symbols:
         verdict = prove(graph, verdict.symbols | verdict.link, options.fill)
     return alone if verdict.refusal is not None else verdict
+
+
+def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput]) -> Refusal | None:
+    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad."""
+    in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
+    return None if symbols <= in_sizes else Refusal("it is the size of no input's dim")
 
 
 def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], options: Options) -> Refusal | None:

@@ -13,9 +13,7 @@ from cudagraph_backend.region import Role, SizeInput, TensorInput
 from cudagraph_backend.torch_internals import expr
 
 
-def tensor_inputs(
-    graph: Graph, example_inputs: Sequence[Any], static: Collection[int], mutated: Collection[int]
-) -> tuple[TensorInput, ...]:
+def tensor_inputs(graph: Graph, example_inputs: Sequence[Any], static: Collection[int]) -> tuple[TensorInput, ...]:
     """One record per tensor argument. A static input with a dynamic dim is staged: each size has its own address."""
     inputs = []
     for index, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
@@ -24,7 +22,7 @@ def tensor_inputs(
         size, stride = tuple(map(expr, value.shape)), tuple(map(expr, value.stride()))
         is_dynamic = any(e.free_symbols for e in (*size, *stride))
         role: Role = "static" if index in static and not is_dynamic else "staged"
-        inputs.append(TensorInput(index, str(node.target), role, index in mutated, value.dtype, size, stride))
+        inputs.append(TensorInput(index, str(node.target), role, False, value.dtype, size, stride))
     return tuple(inputs)
 
 

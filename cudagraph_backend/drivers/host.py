@@ -37,7 +37,7 @@ class HostMemory:
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
@@ -87,6 +87,6 @@ class HostDriver:
 
 
 def _poisoned(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    buffer = torch.empty_strided(size, stride, dtype=dtype)
-    torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage()).fill_(0xFF)
+    buffer = torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+    torch.empty(0, dtype=torch.uint8, device="cpu").set_(buffer.untyped_storage()).fill_(0xFF)
     return buffer

@@ -64,8 +64,8 @@ def test_values_are_those_of_symbols_and_in_the_order_of_sizes():
 
 
 def test_a_dim_is_named_by_its_symbols():
-    assert DynamicDim(frozenset([N]), 2, None, None, False).name == "s0"
-    assert DynamicDim(frozenset([M, N]), 2, None, Refusal("no"), False).name == "s0=s1"
+    assert DynamicDim(frozenset([N]), None, None, False).name == "s0"
+    assert DynamicDim(frozenset([M, N]), None, Refusal("no"), False).name == "s0=s1"
 
 
 # ------------------------------------------------------------------------------------------------ calls

@@ -1,0 +1,154 @@
+"""Bugs that once were, each with the program that showed it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import cudagraph_backend as sg
+
+
+def compiled(function, **options):
+    return torch.compile(function, backend="sharedgraph", options=options)
+
+
+def test_an_output_that_is_saved_for_backward_must_not_be_changed_in_place(device):
+    """The output and the saved tensor are one object, with one version counter."""
+    x = torch.ones(4, device=device, requires_grad=True)
+    y = compiled(lambda x: x.exp())(x)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_views_of_parameters_that_share_a_storage(device):
+    """One region for several modules whose weights are slices of one flat tensor; backward needs views of them."""
+    flat = torch.arange(64.0, device=device) / 64
+
+    class Layer(nn.Module):
+        def __init__(self, i):
+            super().__init__()
+            self.register_buffer("weight", flat[16 * i : 16 * i + 16].view(4, 4))
+
+        def forward(self, x):
+            return x @ self.weight[1:3].t()
+
+    layers = [Layer(i) for i in range(4)]
+    expected_layers = [Layer(i) for i in range(4)]
+    for layer in layers:
+        layer.compile(backend="sharedgraph")
+    for _ in range(3):
+        for layer, expected in zip(layers, expected_layers, strict=True):
+            grads = []
+            for module in (layer, expected):
+                x = torch.ones(3, 4, device=device, requires_grad=True)
+                module(x).sum().backward()
+                grads.append(x.grad)
+            torch.testing.assert_close(*grads)
+
+
+def test_an_argument_written_in_place_that_overlaps_another(device):
+    """The overlap may come later than the compilation; the write must be seen through both arguments."""
+
+    def function(a, b):
+        a.mul_(2)
+        return b.flip(0)
+
+    f = torch.compile(function, backend="sharedgraph", dynamic=False)
+    results = []
+    with torch.no_grad():
+        for call in (f, function):
+            x = torch.arange(12.0, device=device).view(4, 3)
+            call(x[1:].clone(), x[1:].clone())
+            results.append((call(x[1:], x[:-1]).clone(), x))
+    torch.testing.assert_close(*results)
+    assert list(sg.stats().fallbacks) == ["an argument that is written in place shares memory with another argument"]
+
+
+@pytest.mark.parametrize("pad", ["prove", "assume"])
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, k: x * k, lambda x, k: x.roll(k, 1), lambda x, k: x.narrow(0, 0, 1).expand(abs(k) + 2, 4) + 1],
+)
+def test_int_arguments_are_values_not_dims(function, pad, device):
+    f = torch.compile(function, backend="sharedgraph", dynamic=True, options={"pad": pad})
+    with torch.no_grad():
+        for n, k in ((3, 2), (3, 5), (3, -4), (3, 0), (3, 7)):
+            x = torch.randn(n, 4, device=device)
+            torch.testing.assert_close(f(x, k), function(x, k))
+
+
+def test_a_guard_on_a_size_that_the_region_does_not_receive(device):
+    def function(x, y):
+        z = x * 2
+        torch._dynamo.graph_break()
+        return z + 1 if y.shape[0] > z.shape[0] else z - 1
+
+    f = compiled(function)
+    with torch.no_grad():
+        for n, m in ((3, 5), (4, 6), (6, 4), (7, 9), (9, 2)):
+            x, y = torch.randn(n, 4, device=device), torch.randn(m, device=device)
+            torch.testing.assert_close(f(x, y), function(x, y))
+
+
+def test_large_bounds_take_no_memory_in_advance(device):
+    f = compiled(lambda x: x * 2)
+    with torch.no_grad():
+        for n in (3, 5):
+            x = torch.randn(n, 4, 1024, device=device)
+            for dim in (0, 1):
+                torch._dynamo.mark_dynamic(x, dim, min=2, max=8192)
+            torch.testing.assert_close(f(x), x * 2)
+    assert sg.stats().staging_bytes < 10 << 20
+    assert sg.stats().replays == 2
+
+
+def test_an_empty_output_under_another_default_device(device):
+    f = compiled(lambda x: (x[:0] * 1, x * 2))
+    x = torch.randn(3, 4, device=device)
+    with torch.no_grad(), torch.device("meta"):
+        empty, doubled = f(x)
+    assert empty.device == doubled.device == x.device
+    torch.testing.assert_close(doubled, x * 2)
+
+
+def test_parameters_that_move_at_every_call_are_not_captured_for_ever(device):
+    linear = nn.Linear(4, 4, device=device)
+    f = compiled(linear)
+    x = torch.randn(3, 4, device=device)
+    held = []
+    with torch.no_grad():
+        for _ in range(30):
+            held.append(linear.weight.data)  # or the allocator hands out the same address again
+            linear.weight.data = torch.randn(4, 4, device=device)
+            torch.testing.assert_close(f(x), linear(x))
+        captures = sg.stats().captures
+        assert captures < 12
+        for _ in range(5):  # and once they stay, graphs are used again
+            torch.testing.assert_close(f(x), linear(x))
+    assert sg.stats().captures == captures + 1
+
+
+def test_sizes_beyond_max_graphs_hold_nothing(device):
+    f = torch.compile(lambda x: x.mean(0), backend="sharedgraph", options={"max_graphs": 2}, dynamic=True)
+    with torch.no_grad():
+        for n in range(5, 40):
+            x = torch.randn(n, 4, device=device)
+            torch.testing.assert_close(f(x), x.mean(0), rtol=1e-4, atol=1e-5)
+    (region,) = sg.sharedgraph.regions()
+    assert len(region.table.buckets) == 2
+    assert sum(sg.stats().fallbacks.values()) == 33
+
+
+def test_reset_frees_the_pool_though_outputs_are_alive(device):
+    if not hasattr(torch.UntypedStorage, "_swap_data_ptr_"):
+        pytest.skip("torch before 2.12 can't move a live output; it keeps the pool's memory")
+    f = compiled(lambda x: x * 2)
+    x = torch.randn(5, 4, device=device)
+    with torch.no_grad():
+        out = f(x)
+        before = out.data_ptr()
+        sg.reset()
+    assert out.data_ptr() != before
+    torch.testing.assert_close(out, x * 2)
