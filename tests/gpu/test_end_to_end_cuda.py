@@ -1,7 +1,6 @@
 """The end-to-end tests once more, on a GPU with the cuda driver."""
 
 from tests.end_to_end.test_effects import *  # noqa: F403
-from tests.end_to_end.test_footguns import *  # noqa: F403
 from tests.end_to_end.test_inputs import *  # noqa: F403
 from tests.end_to_end.test_lifetimes import *  # noqa: F403
 from tests.end_to_end.test_models import *  # noqa: F403
