@@ -49,7 +49,7 @@ def test_views_of_parameters_that_share_a_storage(device):
 
 
 def test_an_argument_written_in_place_that_overlaps_another(device):
-    """The overlap may come later than the compilation; staging must not take apart what the compiled region sees as one.
+    """The overlap may come later than the compilation; staging must not take apart what compiled code sees as one.
 
     Compared with what Inductor alone makes of such a call, as AOTAutograd has no guard against it.
     """
