@@ -40,8 +40,10 @@ def provide_ranges(
     layout = observed_layout(region, results, inputs, values)
     if isinstance(layout, Refusal):
         return layout
-    if real != values and (refusal := stride_refusal(region, layout, values)):
+    if refusal := stride_refusal(region, layout, values):
         return refusal
+    if bucket.layout not in (None, layout):  # graphs of the bucket share one layout
+        return Refusal("with these static inputs the outputs lie elsewhere than with those captured before")
     largest = layout_at(region, layout, table.largest(values))
     needs = [max(pair) for pair in zip(layout.range_nbytes, largest.range_nbytes, strict=True)]
     try:
@@ -80,6 +82,7 @@ def detached_outputs(
             outputs.append(own[id(result)])
         elif isinstance(result, torch.Tensor) and isinstance(known, TensorOutput):
             outputs.append(detached(result, evaluate_all(known.size, values)))
+            own[id(result)] = outputs[-1]  # returned twice, it stays one object
         else:
             outputs.append(evaluate(known, values) if isinstance(known, sympy.Expr) else result)
     return outputs

@@ -133,10 +133,12 @@ class Replayer:
             capture.record(table, plan.bucket, layout, inputs, ranges)
             self.counters.captures += 1
             self._count_replay(plan)
+            return self._finish(plan, plan.layout or layout, args, ranges)
         except CaptureError as error:
             self._refusal = Refusal(f"capture failed: {error}")
-            self._count(self._refusal)
-        return self._finish(plan, plan.layout or layout, args, ranges)
+        outputs = self._finish(plan, plan.layout or layout, args, ranges)
+        self._count(self._refusal)  # last, as it may raise: what the run has changed is written back by now
+        return outputs
 
     # ---- the way around
 

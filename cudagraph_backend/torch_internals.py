@@ -1,7 +1,8 @@
 """Everything private of torch that this package touches, in one place.
 
 Read from, and tested with, torch 2.11, 2.12 and 2.13. No other module imports a private torch name, so a new torch
-release is a review of this file. (The padding rules name ATen and prims operators, which is public vocabulary.)
+release is a review of this file. (Elsewhere only ``torch._foreach_copy_`` and ``UntypedStorage._cdata`` are used; the
+padding rules name ATen and prims operators.)
 """
 
 from __future__ import annotations

@@ -155,3 +155,48 @@ def test_reset_frees_the_pool_though_outputs_are_alive(device):
         sg.reset()
     assert out.data_ptr() != before
     torch.testing.assert_close(out, x * 2)
+
+
+def test_a_view_of_one_of_two_parameters_that_may_be_tied(device):
+    """Which parameter a returned view belongs to can't be told while both share their memory."""
+
+    class Tied(nn.Module):
+        def __init__(self, first, second):
+            super().__init__()
+            self.register_buffer("first", first)
+            self.register_buffer("second", second)
+
+        def forward(self, x):
+            return x @ self.first + (x @ self.second.t()).sum()
+
+    flat = torch.randn(16, device=device)
+    pairs = [
+        (flat.view(4, 4), flat[:16].view(4, 4)),
+        (torch.randn(4, 4, device=device), torch.randn(4, 4, device=device)),
+    ]
+    for order in (pairs, pairs[::-1]):
+        torch._dynamo.reset()
+        modules = [Tied(*pair) for pair in order]
+        expected = [Tied(*pair) for pair in order]
+        for module in modules:
+            module.compile(backend="sharedgraph")
+        for _ in range(3):
+            for ours, eager in zip(modules, expected, strict=True):
+                grads = []
+                for module in (ours, eager):
+                    x = torch.ones(3, 4, device=device, requires_grad=True)
+                    module(x).sum().backward()
+                    grads.append(x.grad)
+                torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_failing_capture_under_strict_writes_back_first(device, monkeypatch):
+    def fail(self, run):
+        raise sg.CaptureError("no")
+
+    monkeypatch.setattr(type(sg.sharedgraph.device(device).driver), "capture", fail)
+    f = compiled(lambda x: x.add_(1), strict=True)
+    x = torch.zeros(3, device=device)
+    with torch.no_grad(), pytest.raises(sg.RefusalError, match="capture failed: no"):
+        f(x)
+    assert x.tolist() == [1, 1, 1]
