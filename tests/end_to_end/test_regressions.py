@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -200,3 +202,17 @@ def test_a_failing_capture_under_strict_writes_back_first(device, monkeypatch):
     with torch.no_grad(), pytest.raises(sg.RefusalError, match="capture failed: no"):
         f(x)
     assert x.tolist() == [1, 1, 1]
+
+
+def test_another_layout_in_one_bucket_is_refused(device):
+    """All graphs of a bucket share one layout; a capture that observes another one must not replace it."""
+    linear = nn.Linear(4, 4, device=device)
+    f = compiled(linear)
+    x = torch.randn(3, 4, device=device)
+    with torch.no_grad():
+        f(x)
+        (bucket,) = sg.sharedgraph.regions()[0].table.buckets.values()
+        bucket.layout = dataclasses.replace(bucket.layout, entries=())
+        linear.weight.data = torch.randn(4, 4, device=device)
+        torch.testing.assert_close(f(x), linear(x))
+    assert any("outputs lie elsewhere" in reason for reason in sg.stats().fallbacks)
