@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -12,21 +12,40 @@ from torch.fx import Node
 
 from cudagraph_backend.torch_internals import is_operator, operator_schema
 
-from .lattice import Fact, Operand, RefusePadding, Results, Rows, blocks_of, common
-from .symbolic import ROWS, Sizes, row_dim, whole
+from .lattice import FREE, Fact, Filling, Operand, RefusePadding, Results, Rows, blocks_of, common, in_blocks
+from .symbolic import ROWS, Sizes, hide, row_dims, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Padded rows that must hold something before ``user`` reads them: the graph gets an operator that sees to it."""
+
+    user: Node
+    source: Node
+    rows: Rows
+    filling: Filling
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One operator call: its arguments by their schema names, tensors as :class:`Operand`, symbolic numbers as sympy.
 
-    At least one operand has rows, or an argument declared by the rule as a size depends on the padded size: all
-    other calls are free of rows without asking any rule.
+    A rule is asked once per *line* of rows (the queries and the keys of attention are two), and sees the rows of that
+    line alone. At least one operand has rows, or an argument declared by the rule as a size depends on the padded
+    size: all other calls are free of rows without asking any rule.
+
+    Attributes:
+        line: which line this is, and of how many.
+        made: the result's row dim that comes from no operand's rows but from a size.
+        masks: where :meth:`fill` notes masks; None if the graph must stay as it is.
     """
 
     node: Node
     arguments: Mapping[str, Any]
     sizes: Sizes
+    line: tuple[int, int] = (0, 1)
+    made: int | None = None
+    masks: list[Mask] | None = None
 
     @property
     def operator(self) -> str:
@@ -49,30 +68,67 @@ class Call:
                 raise RefusePadding(f"rows in argument {name!r}")
         return self[names[0]]
 
-    def keep(self, facts: Fact, *operands: Operand | None) -> Rows:
-        """The result has rows, at the dim its shape tells; of ``facts``, those hold that hold for all ``operands``.
+    def fill(self, operand: Operand, filling: Filling, otherwise: str) -> None:
+        """The padded rows of ``operand`` must hold ``filling``: a mask sees to it, or padding is refused.
+
+        Raises:
+            RefusePadding: ``otherwise``, where the graph must stay as it is.
+        """
+        rows = operand.rows
+        if rows is FREE:
+            return
+        if self.masks is None or operand.source is None or (filling == "last" and (rows.per != 1 or not rows.together)):
+            raise RefusePadding(otherwise)
+        self.masks.append(Mask(self.node, operand.source, rows, filling))
+
+    def aligned(self, operands: Sequence[Operand]) -> list[Operand]:
+        """Operands whose entries meet: real ones with real ones, padded with padded ones."""
+        blocks = blocks_of(*operands)
+        return [replace(one, rows=one.rows and in_blocks(one.rows, blocks)) for one in operands]
+
+    def keep(self, facts: Fact, *operands: Operand | None, dim: int | None = None) -> Rows:
+        """The result has rows, at ``dim`` or where its shape tells; of ``facts``, those that all ``operands`` hold.
 
         Without ``operands``, all operands of the call are meant.
         """
-        return self._rows(self.node.meta["val"], facts, operands or self.operands)
+        return self._rows(self.node.meta["val"], facts, operands or self.operands, dim)
 
     def each(self, facts: Fact, *operands: Operand | None) -> tuple[Rows | RefusePadding | None, ...]:
         """As :meth:`keep`, for an operator with several results; a result without a row dim is free of rows."""
         results: list[Rows | RefusePadding | None] = []
         for val in self.node.meta["val"]:
             try:
-                is_rows = isinstance(val, torch.Tensor) and row_dim(self.sizes.shape(val)) is not None
+                is_rows = isinstance(val, torch.Tensor) and bool(row_dims(self.sizes.shape(val)))
                 results.append(self._rows(val, facts, operands or self.operands) if is_rows else None)
             except RefusePadding as refusal:
                 results.append(refusal)
         return tuple(results)
 
+    def result_dim(self) -> tuple[int, sympy.Expr] | None:
+        """The dim of the call's one result that carries this line's rows, with its entries per row."""
+        return self._row_dim(self.node.meta["val"])
+
     def result_shape(self) -> tuple[sympy.Expr, ...]:
         """The shape of the call's one result."""
-        return self.sizes.shape(self.node.meta["val"])
+        shape, found = self.sizes.shape(self.node.meta["val"]), self.result_dim()
+        return hide(shape, [dim for dim in range(len(shape)) if found is None or dim != found[0]])
 
-    def _rows(self, val: torch.Tensor, facts: Fact, operands: Sequence[Operand | None]) -> Rows:
-        found = row_dim(self.sizes.shape(val))
+    def _row_dim(self, val: torch.Tensor, dim: int | None = None) -> tuple[int, sympy.Expr] | None:
+        found = row_dims(self.sizes.shape(val))
+        dim = self.made if dim is None else dim
+        if dim is not None:
+            return next((one for one in found if one[0] == dim), None)
+        if len(found) <= 1:
+            return found[0] if found else None
+        number, count = self.line
+        if len(found) != count:
+            raise RefusePadding("several dims carry the rows, and which is which can't be told")
+        return found[number]  # operators keep the order of dims, unless their rule says otherwise
+
+    def _rows(
+        self, val: torch.Tensor, facts: Fact, operands: Sequence[Operand | None], dim: int | None = None
+    ) -> Rows:
+        found = self._row_dim(val, dim)
         if found is None:
             raise RefusePadding("the result of an operation on rows has no row dim")
         (dim, count), blocks = found, blocks_of(*operands)
@@ -96,31 +152,46 @@ def leaves(argument: Any) -> Iterator[Any]:
 
 Rule = Callable[[Call], Results]
 
+#: Tells lines apart, given the call and one operand's name and rows: the same for rows that meet.
+LineKey = Callable[[Call, str, Operand, Rows], Hashable]
+
+
+def by_place(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
+    """Rows meet at the same dim counted from the end, as broadcasting aligns dims."""
+    return rows.dim - len(operand.shape)
+
+
+def one_line(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
+    """All rows of the operands meet."""
+    return 0
+
 
 @dataclass(frozen=True, slots=True)
 class RegisteredRule:
-    """A rule, and the arguments that are sizes: only through these may the padded size reach the operator."""
+    """A rule, the arguments that are sizes (only through these may the padded size reach the operator), and lines."""
 
     apply: Rule
-    sizes: frozenset[str]
+    sizes: frozenset[str] = frozenset()
+    line: LineKey = by_place
 
 
 #: Rules by the operator's full name, ``aten::sum.dim_IntList``.
 RULES: dict[str, RegisteredRule] = {}
 
 
-def rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[Rule], Rule]:
+def rule(*operators: str, sizes: tuple[str, ...] = (), line: LineKey = by_place) -> Callable[[Rule], Rule]:
     """Registers a rule for ``operators``, named as ``aten::view`` or with the overload as ``aten::sum.dim_IntList``.
 
     The rule answers: if real rows of the operands are right, are real rows of the result? It returns ``FREE``,
     ``Rows`` (see :meth:`Call.keep`) or a tuple of these for several results, or raises :class:`RefusePadding`.
     ``sizes`` names the arguments that hold sizes, which may depend on the padded size; in any other argument such a
-    number is refused before the rule is asked. Whatever a rule returns is checked against the result's shape.
+    number is refused before the rule is asked. ``line`` tells which rows of the operands meet; the rule is asked once
+    for each line. Whatever a rule returns is checked against the result's shape.
     """
 
     def register(function: Rule) -> Rule:
         for operator in operators:
-            RULES[operator] = RegisteredRule(function, frozenset(sizes))
+            RULES[operator] = RegisteredRule(function, frozenset(sizes), line)
         return function
 
     return register

@@ -1,19 +1,22 @@
-"""What the pass knows of one value: free of rows, or rows along a dim whose padded part holds something.
+"""What the pass knows of one value: free of rows, or rows along dims whose padded part holds something.
 
 A value is *free of rows* (``FREE``) if it is the same at the exact size ``n`` and at the bucket ``b``. It has *rows*
-(:class:`Rows`) if its dim ``dim`` consists of blocks, in each of which the first ``per * n`` entries are the same at
-both sizes, and padded rows follow. Mostly that is one block; ``reshape`` of ``[4, n]`` to ``[4 * n]`` makes four. A
-value that is neither (*mixed*: real and padded rows met) is never built: its rule raises :class:`RefusePadding`.
+(:class:`Rows`) along a dim if that dim consists of blocks, in each of which the first ``per * n`` entries are real and
+padded rows follow. Mostly that is one block; ``reshape`` of ``[4, n]`` to ``[4 * n]`` makes four. A value may have rows
+along several dims, as the scores of self-attention have: an entry is real if it is real along each of them, and real
+entries are the same at both sizes. A value that is neither (*mixed*: real and padded rows met) is never built: its
+rule raises :class:`RefusePadding`.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
 
 import sympy
 import torch
+from torch.fx import Node
 
 
 class RefusePadding(Exception):
@@ -30,7 +33,7 @@ class RefusePadding(Exception):
 
 
 class Fact(enum.Flag):
-    """What the padded rows hold. No fact: anything, NaN included."""
+    """What the padded rows hold, where the value's other dims are real. No fact: anything, NaN included."""
 
     NOTHING = 0
     REPLICA = enum.auto()
@@ -74,7 +77,14 @@ class Rows:
 #: A value without rows: the same at every padded size.
 FREE: Final = None
 
+#: Along one line of dims; all that a rule sees.
 Value: TypeAlias = "Rows | None"
+
+#: Along all dims of a value, in their order; empty if it is free of rows.
+Axes: TypeAlias = "tuple[Rows, ...]"
+
+#: What a mask puts in place of padded rows: a number, the least or greatest of the dtype, or the last real row.
+Filling: TypeAlias = "int | Literal['lowest', 'highest', 'last']"
 
 #: What a rule returns: a value, or for an operator with several results one each. A ``RefusePadding`` in their place
 #: stands for a result that is mixed: the refusal comes about only if that result is used.
@@ -83,11 +93,20 @@ Results: TypeAlias = "Rows | RefusePadding | tuple[Rows | RefusePadding | None, 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One tensor that an operator reads."""
+    """One tensor that an operator reads, seen along one line of rows.
+
+    Attributes:
+        shape: sizes; where other lines have their rows, the padded size is ``HIDDEN``.
+        rows: the rows along this line.
+        axes: the rows along every line.
+        source: the node that made it.
+    """
 
     shape: tuple[sympy.Expr, ...]
     dtype: torch.dtype
     rows: Value
+    axes: Axes = ()
+    source: Node | None = field(default=None, compare=False)
 
     @property
     def row_dim(self) -> int | None:
@@ -135,6 +154,13 @@ def meet(*operands: Operand | None) -> int | None:
 def in_order(rows: Rows) -> Rows:
     """``rows`` in one block: for operators whose results differ from row to row even where the operands' don't."""
     return Rows(rows.dim, rows.count, rows.holds) if rows.blocks is None else rows
+
+
+def in_blocks(rows: Rows, blocks: sympy.Expr | None) -> Rows:
+    """``rows`` divided as other operands are: possible if all its entries are equal."""
+    if rows.blocks is not None or blocks is None:
+        return rows
+    return Rows(rows.dim, sympy.expand(rows.count / blocks), rows.holds, blocks)
 
 
 def blocks_of(*operands: Operand | None) -> sympy.Expr | None:

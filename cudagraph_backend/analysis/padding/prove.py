@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
@@ -15,12 +15,16 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import SYMBOLIC, is_operator, operator_name, operator_schema
 
 from . import rules
-from .call import RULES, Call, RegisteredRule, depends_on_size, leaves
-from .lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, Value, meet
-from .symbolic import ROWS, Sizes, row_dim, shape_text
+from .call import RULES, Call, Mask, RegisteredRule, depends_on_size, leaves
+from .lattice import Axes, Fact, Operand, RefusePadding, Results, Rows
+from .lines import along, lines_of, together
+from .symbolic import ROWS, Sizes, row_dims, shape_text
 
 _FILLS = {"replica": Fact.REPLICA, "zero": Fact.ZERO}
-_POINTWISE = RegisteredRule(rules.pointwise, frozenset())
+_POINTWISE = RegisteredRule(rules.pointwise)
+
+#: What is known of a node: rows by dim, or for several results a list of these.
+Found: TypeAlias = "Axes | RefusePadding | list[Axes | RefusePadding]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +37,54 @@ class Verdict:
         needs_fill: the padded rows of the inputs must hold the fill; otherwise they may hold anything.
         link: with a refusal, symbols that may belong to the same dim: padded together with them, and with equal sizes
             in the call, the region may be proven.
-        outputs: for each output its row structure, None if free of rows.
+        masks: what the graph must be given (``masks.insert``) for the verdict to hold.
+        outputs: for each output its rows.
     """
 
     symbols: frozenset[sympy.Symbol]
     refusal: Refusal | None
     needs_fill: bool
-    link: frozenset[sympy.Symbol]
-    outputs: tuple[Rows | None, ...]
+    link: frozenset[sympy.Symbol] = frozenset()
+    masks: tuple[Mask, ...] = ()
+    outputs: tuple[Axes, ...] = ()
 
 
-def prove(graph: Graph, symbols: frozenset[sympy.Symbol], fill: Literal["replica", "zero"]) -> Verdict:
+def prove(
+    graph: Graph, symbols: frozenset[sympy.Symbol], fill: Literal["replica", "zero"], *, masked: bool = False
+) -> Verdict:
     """Tries to prove that running ``graph`` with the dim of ``symbols`` padded leaves every real row as it is.
 
-    First with padded rows that hold anything, then with padded rows that hold ``fill``.
+    First with padded rows that hold anything, then with padded rows that hold ``fill``, then, if ``masked``, with masks
+    in the graph where that is not enough.
     """
     sizes = Sizes(symbols)
-    for holds in (Fact.NOTHING, _FILLS[fill]):
-        walk = _Walk(sizes, holds)
+    attempts: list[tuple[Fact, list[Mask] | None]] = [(Fact.NOTHING, None), (_FILLS[fill], None)]
+    if masked:
+        attempts.append((_FILLS[fill], []))
+    for holds, masks in attempts:
+        walk = _Walk(sizes, holds, masks)
         try:
             outputs = walk.run(graph)
         except RefusePadding as refused:
             refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS}
         else:
-            return Verdict(symbols, None, holds is not Fact.NOTHING, frozenset(), outputs)
-    return Verdict(symbols, refusal, False, link, ())
+            return Verdict(symbols, None, holds is not Fact.NOTHING, masks=tuple(masks or ()), outputs=outputs)
+    return Verdict(symbols, refusal, False, link)
 
 
 @dataclass(slots=True)
 class _Walk:
-    """Finds every node's value in order; stops at the first node that mixes real and padded rows."""
+    """Finds every node's rows in order; stops at the first node that mixes real and padded rows."""
 
     sizes: Sizes
     fill: Fact
-    values: dict[Node, Results] = field(default_factory=dict)
+    masks: list[Mask] | None = None
+    values: dict[Node, Found] = field(default_factory=dict)
     wrote: bool = False
     node: Node | None = None
 
-    def run(self, graph: Graph) -> tuple[Rows | None, ...]:
-        """The outputs' row structures."""
+    def run(self, graph: Graph) -> tuple[Axes, ...]:
+        """The rows of the outputs."""
         for node in graph.nodes:
             self.node = node
             if node.op == "output":
@@ -88,19 +101,21 @@ class _Walk:
             node = node.args[0]
         return Refusal(refused.reason, str(node.target), source_line(node))
 
-    def _output(self, item: object) -> Value:
+    def _output(self, item: object) -> Axes:
         if not isinstance(item, Node) or not _is_tensor(item):
-            return FREE  # a size: computed from the exact sizes, whatever the graph computes at the bucket
-        self.node, rows = item, self._operand(item).rows
-        if rows is not FREE and not rows.together:
+            return ()  # a size: computed from the exact sizes, whatever the graph computes at the bucket
+        self.node, axes = item, self._operand(item).axes
+        if not all(rows.together for rows in axes):
             raise RefusePadding("padded rows come between the real rows of an output")
-        return rows
+        return axes
 
-    def _value(self, node: Node) -> Results:
+    # ---- nodes
+
+    def _value(self, node: Node) -> Found:
         if node.op == "placeholder":
             return self._input(node)
         if node.op == "get_attr":
-            return FREE
+            return ()
         if node.op != "call_function":
             raise RefusePadding(f"a node of kind {node.op}")
         if node.target is operator.getitem:
@@ -108,62 +123,78 @@ class _Walk:
         if is_operator(node.target):
             return self._checked(node, self._call(node, node.target))
         if isinstance(node.meta.get("val"), (*SYMBOLIC, int, float, bool)):
-            return FREE  # arithmetic on sizes; what depends on the padded size is seen where it is used
+            return ()  # arithmetic on sizes; what depends on the padded size is seen where it is used
         raise RefusePadding("no padding rule for a higher-order operator")
 
-    def _input(self, node: Node) -> Value:
+    def _input(self, node: Node) -> Axes:
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor):
-            return FREE
+            return ()
         try:
-            found = row_dim(self.sizes.shape(val))
+            found = row_dims(self.sizes.shape(val))
         except RefusePadding as refused:
             raise RefusePadding(f"input {node.name}: {refused.reason}") from None
-        return Rows(*found, self.fill) if found else FREE
+        return tuple(Rows(dim, per, self.fill) for dim, per in found)
 
-    def _item(self, node: Node) -> Results:
+    def _item(self, node: Node) -> Found:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
-        item = whole[index] if isinstance(whole, tuple) else whole  # type: ignore[index]
+        item = whole[index] if isinstance(whole, list) else whole  # type: ignore[index]
         if isinstance(item, RefusePadding):
             raise item
         return self._checked(node, item)
 
-    def _call(self, node: Node, target: Any) -> Results:
+    def _call(self, node: Node, target: Any) -> Found:
         schema = operator_schema(target)
-        if target is torch.ops.aten.copy_.default:
-            return self._write(node)
-        if schema.is_mutable:
-            raise RefusePadding("writes in place")
-        if self.wrote:
-            raise RefusePadding("computes after an input was written in place")
+        self._check_effects(node, schema)
         if schema.name.startswith("aten::sym_"):
-            return FREE
+            return ()
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
         arguments.update(zip(arguments, map(self._argument, node.args), strict=False))
         arguments.update({name: self._argument(argument) for name, argument in node.kwargs.items()})
         reaching = [name for name, argument in arguments.items() if depends_on_size(argument)]
-        call = Call(node, arguments, self.sizes)
-        if not reaching and not any(operand.rows for operand in call.operands):
-            return FREE
+        if not reaching and not any(isinstance(leaf, Operand) and leaf.axes for leaf in leaves(arguments)):
+            return ()
         found = _rule_for(target)
         for name in reaching:
             if name not in found.sizes:
                 raise RefusePadding(f"the padded size reaches values through argument {name!r}")
-        return found.apply(call)
+        return self._apply(found, node, arguments, makes_rows=bool(reaching))
 
-    def _write(self, node: Node) -> Value:
-        target, source = (self._operand(argument) for argument in node.args[:2])
-        if node.args[0].op != "placeholder":  # type: ignore[union-attr]
-            raise RefusePadding("writes in place into a tensor that is not an input")
-        self.wrote = True
-        if target.rows is FREE and source.rows is not FREE:
-            raise RefusePadding("padded rows would be written into an input free of rows")
-        meet(target, source)
-        if source.rows is FREE or target.rows is FREE:
-            return target.rows and Rows(target.rows.dim, target.rows.per)
-        if (source.rows.count, source.rows.together) != (target.rows.count, True):
-            raise RefusePadding("rows from other places are written into an input's rows")
-        return Rows(target.rows.dim, target.rows.per)
+    def _check_effects(self, node: Node, schema: torch.FunctionSchema) -> None:
+        if node.target is torch.ops.aten.copy_.default:
+            if node.args[0].op != "placeholder":  # type: ignore[union-attr]
+                raise RefusePadding("writes in place into a tensor that is not an input")
+            self.wrote = True
+        elif schema.is_mutable:
+            raise RefusePadding("writes in place")
+        elif self.wrote:
+            raise RefusePadding("computes after an input was written in place")
+
+    # ---- rules
+
+    def _apply(self, rule: RegisteredRule, node: Node, arguments: dict[str, Any], makes_rows: bool) -> Found:
+        """What the rule says of each line of rows, put together."""
+        before = len(self.masks or ())
+        call = Call(node, arguments, self.sizes, masks=self.masks)
+        lines = lines_of(rule, call)
+        results = [
+            rule.apply(replace(call, arguments=along(arguments, line), line=(i, len(lines))))
+            for i, line in enumerate(lines)
+        ]
+        if makes_rows:
+            claimed = {rows.dim for rows in results if isinstance(rows, Rows)}
+            made = [dim for dim, _ in row_dims(self._shape(node)) if dim not in claimed] or ([] if results else [None])
+            hidden = along(arguments, {})
+            results += [rule.apply(replace(call, arguments=hidden, made=dim)) for dim in made]
+        if len(self.masks or ()) > before:  # what was known of padded rows is no longer so
+            results = [_forget(result) for result in results]
+        return together(results)
+
+    def _shape(self, node: Node) -> tuple[sympy.Expr, ...]:
+        val = node.meta.get("val")
+        return self.sizes.shape(val) if isinstance(val, torch.Tensor) else ()
+
+    # ---- arguments and results
 
     def _argument(self, argument: object) -> object:
         """An argument with nodes replaced by what is known of them, and symbolic numbers by sympy's."""
@@ -186,25 +217,30 @@ class _Walk:
         return int(expr) if expr.is_Integer else expr  # type: ignore[call-overload]
 
     def _operand(self, node: Any) -> Operand:
-        val, value = node.meta.get("val"), self.values[node]
+        val, axes = node.meta.get("val"), self.values[node]
         if val is None:  # a constant of the graph
             val = getattr(node.graph.owning_module, node.target)
-        return Operand(self.sizes.shape(val), val.dtype, value)  # type: ignore[arg-type]
+        return Operand(self.sizes.shape(val), val.dtype, None, axes, node)  # type: ignore[arg-type]
 
-    def _checked(self, node: Node, value: Results) -> Results:
+    def _checked(self, node: Node, value: Found) -> Found:
         """``value``, after checking it against the shape of the node's result, so that no rule can be wrong there."""
         val = node.meta.get("val")
-        if isinstance(value, tuple) or isinstance(val, (list, tuple)) or val is None:
+        if isinstance(value, list) or isinstance(val, (list, tuple)) or val is None:
             return value
         if not isinstance(val, torch.Tensor):
             if depends_on_size(self._number(val)) and not _is_symbolic_size(node):
                 raise RefusePadding("a number computed from tensors changes with the padded size")
-            return FREE
-        found, shape = row_dim(self.sizes.shape(val)), self.sizes.shape(val)
-        claimed = (value.dim, value.count) if isinstance(value, Rows) else None
-        if found != claimed:
+            return ()
+        shape = self.sizes.shape(val)
+        if not isinstance(value, tuple) or row_dims(shape) != tuple((rows.dim, rows.count) for rows in value):
             raise RefusePadding(f"the result's shape changes with the padded size: {shape_text(shape)}")
         return value
+
+
+def _forget(result: Results) -> Results:
+    if isinstance(result, tuple):
+        return tuple(replace(rows, holds=Fact.NOTHING) if isinstance(rows, Rows) else rows for rows in result)
+    return replace(result, holds=Fact.NOTHING) if isinstance(result, Rows) else result
 
 
 def _rule_for(target: Any) -> RegisteredRule:

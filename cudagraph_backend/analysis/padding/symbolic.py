@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
 
 import sympy
@@ -14,6 +14,9 @@ from .lattice import RefusePadding
 
 #: Stands for every symbol that is padded together: ``n`` real rows, and the bucket once padded.
 ROWS = sympy.Symbol("n", integer=True, positive=True)
+
+#: Stands for the same number in dims whose rows are not looked at.
+HIDDEN = sympy.Symbol("n'", integer=True, positive=True)
 
 
 class Sizes:
@@ -36,14 +39,27 @@ class Sizes:
         return tuple(self.expr(size) for size in tensor.shape)  # type: ignore[misc]
 
 
+def row_dims(shape: Sequence[sympy.Expr]) -> tuple[tuple[int, sympy.Expr], ...]:
+    """The dims of ``shape`` that carry rows, each with its number of entries per row."""
+    otherwise = "a size is not a multiple of the rows"
+    return tuple(
+        (dim, whole(size, ROWS, f"{otherwise}: {shape_text(shape)}"))
+        for dim, size in enumerate(shape)
+        if size.has(ROWS)
+    )
+
+
 def row_dim(shape: Sequence[sympy.Expr]) -> tuple[int, sympy.Expr] | None:
-    """Which dim of ``shape`` carries the rows, and how many entries it has per row; None without rows."""
-    dims = [dim for dim, size in enumerate(shape) if size.has(ROWS)]
-    if not dims:
-        return None
-    if len(dims) > 1:
+    """The only dim of ``shape`` that carries rows, with its entries per row; None without rows."""
+    found = row_dims(shape)
+    if len(found) > 1:
         raise RefusePadding(f"two dims carry the rows: {shape_text(shape)}")
-    return dims[0], whole(shape[dims[0]], ROWS, f"a size is not a multiple of the rows: {shape_text(shape)}")
+    return found[0] if found else None
+
+
+def hide(shape: Sequence[sympy.Expr], dims: Container[int]) -> tuple[sympy.Expr, ...]:
+    """``shape`` with the padded size of ``dims`` taken for a size like any other."""
+    return tuple(size.xreplace({ROWS: HIDDEN}) if dim in dims else size for dim, size in enumerate(shape))
 
 
 def whole(size: sympy.Expr, by: sympy.Expr, otherwise: str) -> sympy.Expr:

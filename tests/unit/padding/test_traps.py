@@ -134,6 +134,10 @@ ANYTHING: dict[str, tuple[Function, list[Callable[[], torch.Tensor]]]] = {
     "layer norm": (lambda x: F.layer_norm(x, (4,)), [rows]),
     "group norm": (lambda x: F.group_norm(x, 2), [lambda: rows(4, 3)]),
     "own row number": (lambda x: x + torch.arange(x.shape[0])[:, None], [rows]),
+    "similarity": (lambda x: x @ x.t(), [rows]),
+    "outer": (lambda x: x[:, 0] * x[:, :1], [rows]),
+    "square": (lambda x: torch.zeros(x.shape[0], x.shape[0]), [rows]),
+    "compare": (lambda x: torch.tril(x @ x.t()), [rows]),
     "own row number compared": (lambda x: x * (torch.arange(x.shape[0]) < 3)[:, None], [rows]),
     "own row by number": (lambda x: x[torch.arange(x.shape[0])], [rows]),
     "own row, one column": (lambda x: x[torch.arange(x.shape[0]), 2], [rows]),
@@ -225,8 +229,6 @@ REFUSED: dict[str, tuple[Function, list[Callable[[], torch.Tensor]], str]] = {
     "topk": (lambda x: x.topk(2, 0)[0], [rows], "aten.topk"),
     "max with places": (lambda x: x.max(0), [rows], ""),
     "gram": (lambda x: x.t() @ x, [rows], "aten.mm"),
-    "similarity": (lambda x: x @ x.t(), [rows], "aten.mm"),
-    "outer": (lambda x: x[:, 0] * x[:, :1], [rows], "aten.mul"),
     "batch norm": (lambda x: F.batch_norm(x, None, None, training=True), [rows], ""),
     "full attention": (full_attention, [lambda: dynamic(torch.randn(2, 2, 5, 8), 2)], "scaled_dot_product"),
     "convolve rows": (
@@ -264,9 +266,7 @@ REFUSED: dict[str, tuple[Function, list[Callable[[], torch.Tensor]], str]] = {
     "index from rounded floats": (lambda x: TABLE[x.abs().long().clamp(max=5)], [rows], "aten.index"),
     "half of the rows": (lambda x: torch.zeros(x.shape[0] // 2), [rows], ""),
     "rows and one": (lambda x: torch.zeros(x.shape[0] + 1), [rows], ""),
-    "square": (lambda x: torch.zeros(x.shape[0], x.shape[0]), [rows], "aten.full"),
     "strides": (lambda x: x.as_strided((x.shape[0],), (4,)), [rows], "aten.as_strided"),
-    "compare": (lambda x: torch.tril(x @ x.t()), [rows], "aten.mm"),
 }
 
 

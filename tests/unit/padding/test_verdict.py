@@ -23,7 +23,7 @@ def test_two_symbols_are_proven_each_for_itself():
     for symbol, dim in ((batch, 0), (length, 1)):
         verdict = found.prove(symbol)
         assert verdict.refusal is None, str(verdict.refusal)
-        assert [rows.dim for rows in verdict.outputs] == [dim]
+        assert [rows.dim for rows, in verdict.outputs] == [dim]
         assert refute(found, verdict) is None
 
 
@@ -54,12 +54,12 @@ def test_outputs_tell_their_rows():
         return x.t() * 2, x.shape[0], CONSTANT * 2, (x[:, None] * CONSTANT[:1]).reshape(-1, 2), x.shape[0] * 3
 
     verdict = region(outputs, dynamic(torch.randn(5, 4))).prove()
-    assert [rows and (rows.dim, rows.per, rows.blocks) for rows in verdict.outputs] == [
-        (1, 1, 1),
-        None,
-        None,
-        (0, 2, 1),
-        None,
+    assert [[(rows.dim, rows.per, rows.blocks) for rows in axes] for axes in verdict.outputs] == [
+        [(1, 1, 1)],
+        [],
+        [],
+        [(0, 2, 1)],
+        [],
     ]
 
 
@@ -130,9 +130,11 @@ def test_an_input_with_several_entries_per_row():
     assert refute(found, verdict) is None
 
 
-def test_an_input_with_two_dims_of_rows_is_refused():
+def test_an_input_with_rows_along_two_dims():
     graph, symbol = _graph_of(lambda x: x * 2, 2, 2)
-    assert "two dims carry the rows" in prove(graph, frozenset([symbol]), "replica").refusal.reason
+    verdict = prove(graph, frozenset([symbol]), "replica")
+    assert verdict.refusal is None
+    assert [[rows.dim for rows in axes] for axes in verdict.outputs] == [[0, 1]]
 
 
 def test_an_operator_without_rule_is_refused():

@@ -11,6 +11,7 @@ from . import (
     reductions,
     scans,
     views,
+    writes,
 )
 from .pointwise import pointwise
 
@@ -26,4 +27,5 @@ __all__ = [
     "reductions",
     "scans",
     "views",
+    "writes",
 ]

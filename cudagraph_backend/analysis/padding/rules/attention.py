@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from ..call import Call, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, meet
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, meet
+from ..symbolic import HIDDEN, ROWS
+
+
+_SEQUENCE = -2
+_LETTERS = {"query": "bhle", "key": "bhse", "value": "bhse", "attn_mask": "bhls", "attn_bias": "bhls"}
+
+
+def _letter(call: Call, name: str, operand: Operand, rows: Rows) -> str:
+    """Batch, heads, queries (l), keys (s), features (e)."""
+    return _LETTERS.get(name, "bhle")[rows.dim - len(operand.shape)]
 
 
 @rule(
@@ -12,29 +22,46 @@ from ..lattice import FREE, Fact, Operand, RefusePadding, Results, meet
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_fused_attention_overrideable",
+    line=_letter,
 )
 def attention(call: Call) -> Results:
-    """Letters: batch, heads, queries (l), keys (s), features (e)."""
+    """Rows along the batch or the heads, along the queries, or along the keys."""
     query, key, value = (call.only("query", "key", "value", "attn_mask", "attn_bias"), call["key"], call["value"])
     mask: Operand | None = call["attn_mask"] or call["attn_bias"]
     if call["dropout_p"]:
         raise RefusePadding("draws random numbers for the rows")
-    places = {_letter(query, "bhle"), _letter(key, "bhse"), _letter(value, "bhse")}
-    if places in ({"b"}, {"h"}) or (places == {"l", None} and not call["is_causal"]):
-        meet(query, mask)
-        return call.each(Fact.REPLICA)
-    if places == {"l", "s"} and call["is_causal"] and mask is None:
-        return _causal(call, key, value)
-    raise RefusePadding("attends over the padded rows")
+    if call["is_causal"] and not _as_many(query, key):
+        raise RefusePadding("attends over the padded rows")
+    if query.rows is FREE and key.place == value.place == _SEQUENCE:
+        return _over_keys(call, key, value, mask)
+    together = {query.place, key.place, value.place}
+    if together not in ({-4}, {-3}, {_SEQUENCE, None}) or query.rows is FREE:
+        raise RefusePadding("attends over the padded rows")
+    meet(query, mask)
+    return call.each(Fact.REPLICA if together != {_SEQUENCE, None} or not call["is_causal"] else Fact.NOTHING)
 
 
-def _causal(call: Call, key: Operand, value: Operand) -> Results:
-    """A query sees no later key. Kernels multiply later values by zero, so they must not be NaN or infinite."""
-    if key.rows and not key.rows.together:
-        raise RefusePadding("padded keys come before real queries")
-    if not (key.holds(Fact.REPLICA) and value.holds(Fact.REPLICA)):
-        raise RefusePadding("zero weights meet padded rows that may not be finite")
-    return call.each(Fact.NOTHING)
+def _over_keys(call: Call, key: Operand, value: Operand, mask: Operand | None) -> Results:
+    """Padded keys must weigh nothing: by the mask, or by coming after every real query.
+
+    Kernels multiply keys and values that weigh nothing by zero, so these must not be NaN or infinite.
+    """
+    otherwise = "attends over the padded rows"
+    after_all_queries = call["is_causal"] and mask is None and key.rows is not FREE and key.rows.together
+    if not after_all_queries and (mask is None or mask.rows is FREE):
+        raise RefusePadding(otherwise)
+    key, value, *masks = call.aligned([key, value, *([mask] if mask and mask.rows else [])])
+    for one in masks:
+        call.fill(one, "lowest", otherwise)
+    for one in (key, value):
+        if not one.holds(Fact.REPLICA) and not one.holds(Fact.ZERO):
+            call.fill(one, 0, "zero weights meet padded rows that may not be finite")
+    return FREE
+
+
+def _as_many(query: Operand, key: Operand) -> bool:
+    """Whether there are always as many queries as keys: else kernels differ in which ones a causal mask pairs."""
+    return query.shape[_SEQUENCE].xreplace({HIDDEN: ROWS}) == key.shape[_SEQUENCE].xreplace({HIDDEN: ROWS})
 
 
 @rule(
@@ -58,6 +85,3 @@ def attention_backward(call: Call) -> Results:
         raise RefusePadding("sums over the padded rows")
     return call.each(Fact.REPLICA)
 
-
-def _letter(operand: Operand, letters: str) -> str | None:
-    return None if operand.place is None else letters[operand.place]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..call import Call, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows
 
 _LETTERS = {
     "aten::_int_mm": ("self mk", "mat2 kn", "mn"),
@@ -20,13 +20,19 @@ _LETTERS = {
 _ADDED = "self"
 
 
-@rule("aten::_int_mm", "aten::bmm", "aten::dot", "aten::mm", "aten::mv", "aten::vdot")
+def _letter(call: Call, name: str, operand: Operand, rows: Rows) -> str:
+    *factors, result = _LETTERS[call.operator]
+    letters = dict(map(str.split, factors)).get(name)
+    return letters[rows.dim] if letters else result[rows.dim - len(operand.shape)]
+
+
+@rule("aten::_int_mm", "aten::bmm", "aten::dot", "aten::mm", "aten::mv", "aten::vdot", line=_letter)
 def product(call: Call) -> Results:
     """Rows along a dim that stays, or zeros on both sides of a dim that is summed over."""
     return _contract(call, FREE)
 
 
-@rule("aten::addbmm", "aten::addmm", "aten::addmv", "aten::baddbmm")
+@rule("aten::addbmm", "aten::addmm", "aten::addmv", "aten::baddbmm", line=_letter)
 def product_and_sum(call: Call) -> Results:
     """As :func:`product`, added to a tensor whose rows, if it has any, must be the product's."""
     added: Operand = call[_ADDED]
@@ -45,10 +51,12 @@ def _contract(call: Call, added: Operand | None) -> Results:
     if len(found) != 1 or any((found & set(letters)) and not operand.rows for letters, operand in operands.items()):
         raise RefusePadding("rows along different dims meet")
     (letter,) = found
+    summed = [operand for operand in operands.values() if operand.rows]
     if letter in result:
         if added is not None:
             added.check_place(result.index(letter) - len(result))
-        return call.keep(Fact.REPLICA)
-    if not all(operand.rows and operand.holds(Fact.ZERO) for operand in operands.values()):
-        raise RefusePadding("sums products over the padded rows")
+        return call.keep(Fact.REPLICA, dim=result.index(letter))
+    for operand in call.aligned(summed):  # all, as zero times infinity is not zero
+        if not operand.holds(Fact.ZERO):
+            call.fill(operand, 0, "sums products over the padded rows")
     return FREE

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import sympy
 import torch
 
-from ..call import Call, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, common, meet
+from ..call import Call, by_place, leaves, one_line, rule
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, meet
+
+
+def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
+    """The rows of a tensor and of the indices into it meet whatever their dims are."""
+    indexed = [leaf for leaf in leaves(call["indices"] or call["index"]) if isinstance(leaf, Operand) and leaf.axes]
+    return 0 if call["self"].axes and indexed else by_place(call, name, operand, rows)
 
 
 @rule("aten::embedding")
 def embedding(call: Call) -> Results:
     """A table free of rows, looked up by each row's indices."""
     table, index = call["weight"], call["indices"]
-    own = _reads(table, {0: index})
+    own = _reads(call, table, {0: index})
     return call.keep(Fact.REPLICA, *own)
 
 
-@rule("aten::index.Tensor", "aten::_unsafe_index.Tensor")
+@rule("aten::index.Tensor", "aten::_unsafe_index.Tensor", line=_by_number)
 def index(call: Call) -> Results:
     """Each row reads from a tensor free of rows, or from its own row, or the rows aren't indexed at all."""
     return _read(call, _by_dim(call["indices"]))
 
 
-@rule("aten::index_select")
+@rule("aten::index_select", line=_by_number)
 def index_select(call: Call) -> Results:
     """As :func:`index`, along one dim."""
     return _read(call, {call["self"].dim(call["dim"]): call["index"]})
@@ -36,7 +42,7 @@ def gather(call: Call) -> Results:
     """Along another dim, each row reads from its own row; along the indexed dim, from a tensor free of rows."""
     operand, index = call["self"], call["index"]
     dim = operand.dim(call["dim"])
-    _stays_inside(index, operand.shape[dim])
+    _stays_inside(call, index, operand.shape[dim])
     if operand.rows is FREE:
         e = index.rows.dim
         if e == dim:
@@ -68,17 +74,23 @@ def scatter(call: Call) -> Results:
         _same_rows(operand, other)
     if operand.row_dim == dim:
         raise RefusePadding("writes to rows by numbers")
-    _stays_inside(index, operand.shape[dim])
+    _stays_inside(call, index, operand.shape[dim])
     return call.keep(Fact.REPLICA)
 
 
-@rule("aten::index_put", "aten::_unsafe_index_put")
+@rule("aten::index_put", "aten::_unsafe_index_put", line=one_line)
 def index_put(call: Call) -> Results:
     """Writes ``values`` where ``indices`` say."""
     return _writes(call, _by_dim(call["indices"]), call["values"], call["accumulate"])
 
 
-@rule("aten::index_copy", "aten::index_fill.int_Scalar", "aten::index_fill.int_Tensor", "aten::index_add")
+@rule(
+    "aten::index_copy",
+    "aten::index_fill.int_Scalar",
+    "aten::index_fill.int_Tensor",
+    "aten::index_add",
+    line=one_line,
+)
 def index_along(call: Call) -> Results:
     """Writes along one dim."""
     source = call["source"] if call["source"] is not None else call["value"]
@@ -86,7 +98,7 @@ def index_along(call: Call) -> Results:
     return _writes(call, {call["self"].dim(call["dim"]): call["index"]}, source, adds)
 
 
-@rule("aten::slice_scatter", "aten::select_scatter")
+@rule("aten::slice_scatter", "aten::select_scatter", line=one_line)
 def write_slice(call: Call) -> Results:
     """Writes a fixed part of another dim."""
     operand, source, dim = call["self"], call["src"], call["self"].dim(call["dim"])
@@ -112,10 +124,10 @@ def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:
 def _read(call: Call, indices: Mapping[int, Operand]) -> Results:
     operand: Operand = call["self"]
     facts = Fact.REPLICA if operand.rows is FREE else Fact.REPLICA | Fact.ZERO
-    return call.keep(facts, *_reads(operand, indices))
+    return call.keep(facts, *_reads(call, operand, indices))
 
 
-def _reads(operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
+def _reads(call: Call, operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
     """Checks that each row reads from its own row or from what is free of rows.
 
     Returns the operands that decide what the padded rows of the result hold.
@@ -126,7 +138,7 @@ def _reads(operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
         if dim == operand.row_dim:
             _is_own(index, operand)
         else:
-            _stays_inside(index, operand.shape[dim])
+            _stays_inside(call, index, operand.shape[dim])
     meet(*indices.values())
     if operand.rows is not FREE and operand.row_dim not in indices and any(i.rows for i in indices.values()):
         raise RefusePadding("every row's indices are applied to every row")
@@ -135,7 +147,7 @@ def _reads(operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
 
 def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumulate: bool) -> Results:
     operand: Operand = call["self"]
-    deciding = _reads(operand, indices)
+    deciding = _reads(call, operand, indices)
     source = values if isinstance(values, Operand) else None
     if source is not None:
         source.check_place(_place_in_selection(operand, indices))
@@ -143,12 +155,14 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
         facts = Fact.REPLICA if source is None or source.rows is FREE else Fact.REPLICA | Fact.ZERO
         return call.keep(facts, *deciding, *filter(None, [source]))
     # Padded rows write too. That changes nothing if they write what the last real row writes, or add zero.
-    if accumulate:
-        harmless = source is not None and source.rows is not FREE and source.holds(Fact.ZERO)
-    else:
-        harmless = bool(common(*deciding, source) & Fact.REPLICA)
-    if not harmless:
-        raise RefusePadding("padded rows write into a tensor free of rows")
+    otherwise = "padded rows write into a tensor free of rows"
+    if accumulate and (source is None or source.rows is FREE):
+        raise RefusePadding(otherwise)
+    if accumulate and not source.holds(Fact.ZERO):
+        call.fill(source, 0, otherwise)
+    elif not accumulate and not common(*deciding, source) & Fact.REPLICA:
+        for one in filter(None, (*deciding, source)):
+            call.fill(one, "last", otherwise)
     return FREE
 
 
@@ -174,13 +188,15 @@ def _is_own(index: Operand, operand: Operand) -> None:
         raise RefusePadding("picks rows by numbers", _symbols(index.shape))
 
 
-def _stays_inside(index: Operand, size: sympy.Expr) -> None:
+def _stays_inside(call: Call, index: Operand, size: sympy.Expr) -> None:
     """What the padded rows hold must be a valid index, as the real rows' is."""
     if index.holds(Fact.REPLICA) or (index.holds(Fact.ZERO) and size.is_positive):
         return
-    if index.holds(Fact.OWN_INDEX):
+    if index.holds(Fact.OWN_INDEX) and not size.is_Integer:
         raise RefusePadding("rows are counted along a dim that has another size", size.free_symbols)
-    raise RefusePadding("what padded rows hold may be no valid index")
+    if not size.is_positive:
+        raise RefusePadding("what padded rows hold may be no valid index")
+    call.fill(index, 0, "what padded rows hold may be no valid index")
 
 
 def _same_rows(operand: Operand, other: Operand) -> None:

@@ -65,8 +65,10 @@ def _check_division(call: Call) -> None:
     if isinstance(divisor, int) and divisor > 0:
         return
     operands = [operand for operand in (dividend, divisor) if isinstance(operand, Operand)]
-    if not all(operand.holds(Fact.REPLICA) for operand in operands):
-        raise RefusePadding("divides integers by what padded rows hold")
+    if all(operand.holds(Fact.REPLICA) for operand in operands):
+        return
+    for operand in call.aligned(operands):  # 1 / 1, or 1 / n for a real divisor
+        call.fill(operand, 1, "divides integers by what padded rows hold")
 
 
 def _special_facts(call: Call) -> Fact:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..call import Call, rule
-from ..lattice import FREE, Fact, RefusePadding, Results
+from ..lattice import FREE, Fact, Filling, RefusePadding, Results
 
 #: What the padded rows must hold so that reducing over them gives what the real rows alone give.
 _EXACT_OVER_ROWS = {
@@ -11,10 +13,29 @@ _EXACT_OVER_ROWS = {
     "aten::amax": Fact.REPLICA,
     "aten::amin": Fact.REPLICA,
     "aten::any": Fact.REPLICA | Fact.ZERO,
+    "aten::count_nonzero": Fact.ZERO,
     "aten::max": Fact.REPLICA,
     "aten::min": Fact.REPLICA,
+    "aten::nansum": Fact.ZERO,
     "aten::sum": Fact.ZERO,
 }
+#: What a mask puts there to the same end.
+_NEUTRAL: Mapping[str, Filling] = {
+    "aten::all": 1,
+    "aten::amax": "lowest",
+    "aten::amin": "highest",
+    "aten::any": 0,
+    "aten::argmax": "lowest",
+    "aten::argmin": "highest",
+    "aten::count_nonzero": 0,
+    "aten::logsumexp": "lowest",
+    "aten::max": "lowest",
+    "aten::min": "highest",
+    "aten::nansum": 0,
+    "aten::prod": 1,
+    "aten::sum": 0,
+}
+_PLACES = ("aten::argmax", "aten::argmin")
 _ZERO_FROM_ZEROS = ("aten::amax", "aten::amin", "aten::any", "aten::sum")
 
 
@@ -54,16 +75,28 @@ def reduce(call: Call) -> Results:
     if not over_rows(call):
         return call.keep(Fact.REPLICA | (Fact.ZERO if name in _ZERO_FROM_ZEROS else Fact.NOTHING))
     if not operand.holds(_EXACT_OVER_ROWS.get(name, Fact.NOTHING)):
+        if name not in _NEUTRAL or (name in _PLACES and not operand.rows.together):
+            raise RefusePadding("reduces over the padded rows")
+        call.fill(operand, _NEUTRAL[name], "reduces over the padded rows")
+    return FREE
+
+
+@rule("aten::max.dim", "aten::min.dim")
+def extreme(call: Call) -> Results:
+    """The extreme and its place: over the rows, if a mask keeps both among the real ones."""
+    operand = call.only("self")
+    if not over_rows(call):
+        return call.each(Fact.REPLICA)
+    if not operand.rows.together:
         raise RefusePadding("reduces over the padded rows")
+    call.fill(operand, _NEUTRAL[call.operator], "reduces over the padded rows")
     return FREE
 
 
 @rule(
     "aten::aminmax",
     "aten::kthvalue",
-    "aten::max.dim",
     "aten::median.dim",
-    "aten::min.dim",
     "aten::mode",
     "aten::nanmedian.dim",
     "aten::sort",
@@ -88,13 +121,16 @@ def reduce_to_several(call: Call) -> Results:
     "aten::_softmax_backward_data",
 )
 def softmax(call: Call) -> Results:
-    """Normalises each row for itself over another dim."""
+    """Normalises each row for itself over another dim, or over rows of which the padded ones weigh nothing."""
     operand = call.operands[0]
     if any(other.row_dim != operand.row_dim for other in call.operands):
         raise RefusePadding("rows along different dims meet")
-    if operand.dim(call["dim"]) == operand.row_dim:
-        raise RefusePadding("normalises over the padded rows")
-    return call.keep(Fact.REPLICA)
+    if operand.dim(call["dim"]) != operand.row_dim:
+        return call.keep(Fact.REPLICA)
+    is_backward = call.operator.endswith("_backward_data")
+    for one in call.aligned(call.operands):
+        call.fill(one, 0 if is_backward else "lowest", "normalises over the padded rows")
+    return call.keep(Fact.NOTHING)
 
 
 def over_rows(call: Call) -> bool:

@@ -8,7 +8,7 @@ import sympy
 
 from ..call import Call, depends_on_size, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order
-from ..symbolic import ROWS, product, row_dim, shape_text, whole
+from ..symbolic import ROWS, product, shape_text, whole
 
 
 @rule(
@@ -16,12 +16,9 @@ from ..symbolic import ROWS, product, row_dim, shape_text, whole
     "aten::clone",
     "aten::contiguous",
     "aten::detach",
-    "aten::permute",
     "aten::squeeze",
     "aten::squeeze.dim",
     "aten::squeeze.dims",
-    "aten::t",
-    "aten::transpose.int",
     "aten::unsqueeze",
     "aten::view_as_complex",
     "aten::view_as_real",
@@ -32,12 +29,25 @@ def same_entries(call: Call) -> Results:
     return call.keep(Fact.ALL)
 
 
+@rule("aten::permute", "aten::t", "aten::transpose.int")
+def permute(call: Call) -> Results:
+    """Dims change places."""
+    operand = call.only("self")
+    order = list(range(len(operand.shape)))
+    if call.operator == "aten::permute":
+        order = [operand.dim(dim) for dim in call["dims"]]
+    elif len(order) > 1:
+        first, second = (0, 1) if call.operator == "aten::t" else (operand.dim(call["dim0"]), operand.dim(call["dim1"]))
+        order[first], order[second] = order[second], order[first]
+    return call.keep(Fact.ALL, dim=order.index(operand.row_dim))
+
+
 @rule("aten::view", "aten::reshape", "aten::_unsafe_view", sizes=("size", "shape"))
 def reshape(call: Call) -> Results:
     """In memory, rows are blocks of ``n`` chunks of entries; a reshape must keep blocks and chunks whole."""
     operand, shape = call.only("self"), call.result_shape()
     mixes = f"a reshape of {shape_text(operand.shape)} to {shape_text(shape)} mixes the rows"
-    after, rows = row_dim(shape), operand.rows
+    after, rows = call.result_dim(), operand.rows
     if rows is FREE or after is None:
         raise RefusePadding(mixes)
     blocks = product((*operand.shape[: rows.dim], rows.count / rows.per))
@@ -66,7 +76,7 @@ def expand(call: Call) -> Results:
     operand = call.only("self")
     if operand.rows is FREE:
         return replace(call.keep(Fact.REPLICA), blocks=None)
-    return call.keep(Fact.ALL)
+    return call.keep(Fact.ALL, dim=len(call.node.meta["val"].shape) + operand.place)
 
 
 @rule("aten::repeat", sizes=("repeats",))
@@ -89,7 +99,7 @@ def cut(call: Call) -> Results:
         return _prefix(call, operand, dim)
     if dim != operand.row_dim:
         return call.keep(Fact.ALL)
-    rows, left = operand.rows, row_dim(call.result_shape())
+    rows, left = operand.rows, call.result_dim()
     if left is None and rows.together and _is_count(start) and _is_count(call["end"]):
         return FREE  # the shape is fixed, so the guards say that there are at least ``end`` real entries
     if left is None or step != 1:
