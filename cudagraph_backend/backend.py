@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -97,11 +98,11 @@ class _FrameCompile:
         frame = torch_internals.current_frame_id()
         static = self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ())
         number = self.backend.next_number()
-        region = analyse(gm.graph, example_inputs, kind, static, self.options, number)
-        if region.refusal is None:
-            refusal = driver_refusal(self.options.driver, region.device)
-            region = dataclasses.replace(region, refusal=refusal)
-        compiled = torch_internals.compile_region(gm, example_inputs, **kwargs)
+        driver = functools.partial(driver_refusal, self.options.driver)
+        region = analyse(gm, example_inputs, kind, static, self.options, number, driver)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        counts = [inputs[count.index].meta["val"] for count in region.counts]
+        compiled = torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)
         if not torch_internals.is_compiled_graph(compiled):
             return compiled  # nothing is computed: it only hands arguments back
         region = complete(region, compiled)

@@ -11,7 +11,15 @@ import torch
 
 from cudagraph_backend.dispatch import Bucket, Plan, Table
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.outputs import Layout, copy_out, detached, layout_at, observed_layout, stride_refusal
+from cudagraph_backend.outputs import (
+    Layout,
+    copy_out,
+    detached,
+    layout_at,
+    observed_layout,
+    range_nbytes_at,
+    stride_refusal,
+)
 from cudagraph_backend.region import TensorOutput, evaluate, evaluate_all
 from cudagraph_backend.tree import CapturedGraph, Ranges
 
@@ -44,8 +52,8 @@ def provide_ranges(
         return refusal
     if bucket.layout not in (None, layout):  # graphs of the bucket share one layout
         return Refusal("with these static inputs the outputs lie elsewhere than with those captured before")
-    largest = layout_at(region, layout, table.largest(values))
-    needs = [max(pair) for pair in zip(layout.range_nbytes, largest.range_nbytes, strict=True)]
+    largest = range_nbytes_at(region, layout, table.largest(values))
+    needs = [max(pair) for pair in zip(layout.range_nbytes, largest, strict=True)]
     try:
         try:
             table.place.reserve(ranges, needs)

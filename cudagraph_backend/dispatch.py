@@ -47,13 +47,14 @@ class Bucket:
 
 @dataclass(slots=True)
 class Plan:
-    """All that is decided for one combination of real sizes."""
+    """All that is decided for one combination of real sizes; ``counts`` are the region's ``CountInput``s for them."""
 
     sizes: Sizes
     bucket: Bucket
     copies: tuple[StagedCopy, ...]
     rows_real: int
     rows_padded: int
+    counts: tuple[torch.Tensor, ...] = ()
     layout: Layout | None = None
 
 
@@ -154,6 +155,7 @@ class Table:
             copies=tuple(self._staged_copy(tensor, bucket, values) for tensor in self.staged),
             rows_real=sum(values[s] for s in rows),
             rows_padded=sum(padded[s] - values[s] for s in rows),
+            counts=tuple(count.make(values, self.region.device) for count in self.region.counts),
         )
 
     def _bucket_sizes(self, sizes: Sizes) -> Sizes | Refusal:

@@ -16,7 +16,7 @@ import torch
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.output_pool import Loan, OutputRange
 from cudagraph_backend.region import Region, TensorOutput, Values, evaluate, evaluate_all
-from cudagraph_backend.strides import extent, reaching_once
+from cudagraph_backend.strides import extent, reaching_once, same_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,24 @@ class Pooled:
 
 
 @dataclass(frozen=True, slots=True)
+class Compacted:
+    """An output whose padded rows lie between the real ones: a tensor of its own, copied from the range after replay.
+
+    ``view`` is where the real rows are, ``stride`` what the output gets (``None``: dense, in the order of ``view``).
+    """
+
+    range: int
+    view: StorageView
+    stride: tuple[int, ...] | None
+
+    def copied(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        rows = self.view.on(storage)
+        if self.stride is None:
+            return rows.clone()
+        return rows.new_empty_strided(self.view.size, self.stride).copy_(rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Returned:
     """An output that is one of the arguments, or a view of a static one.
 
@@ -84,7 +102,7 @@ class Number:
     value: int | None
 
 
-Entry = Pooled | Returned | Same | Number
+Entry = Pooled | Compacted | Returned | Same | Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +112,7 @@ class Layout:
     entries: tuple[Entry, ...]
     range_nbytes: tuple[int, ...]
     extents: tuple[tuple[tuple[int, int, int], ...], ...]
-    """Per range: (output index, first byte, one past the last byte)."""
+    """Per range: (output index, first byte, one past the last byte) of the outputs that lie there."""
 
     @property
     def nbytes(self) -> int:
@@ -150,13 +168,33 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
     for entry, known in zip(bucket.entries, region.outputs, strict=True):
         if isinstance(known, TensorOutput) and isinstance(entry, (Pooled, Returned)) and entry.view is not None:
             size = evaluate_all(known.size, values)
-            stride = entry.view.stride if known.stride is None else evaluate_all(known.stride, values)
-            entries.append(replace(entry, view=replace(entry.view, size=size, stride=stride)))
+            stride = None if known.stride is None else evaluate_all(known.stride, values)
+            entries.append(_real_rows(entry, size, stride))
         elif isinstance(entry, Number) and isinstance(known, sympy.Expr):
             entries.append(Number(evaluate(known, values)))
         else:
             entries.append(entry)
     return _layout(entries)
+
+
+def _real_rows(entry: Pooled | Returned, size: tuple[int, ...], stride: tuple[int, ...] | None) -> Entry:
+    """Of an output at a bucket's sizes, the first ``size`` entries, where they are or else as a compact copy."""
+    view, bucket = entry.view, entry.view.stride
+    is_dense = size == view.size if stride is None else same_places(size, stride, bucket)
+    if isinstance(entry, Pooled) and not is_dense:
+        return Compacted(entry.range, replace(view, size=size), stride)
+    return replace(entry, view=replace(view, size=size, stride=bucket if stride is None else stride))
+
+
+def range_nbytes_at(region: Region, bucket: Layout, values: Values) -> tuple[int, ...]:
+    """Bytes that a bucket of other sizes will need of each range."""
+    entries: list[Entry] = []
+    for entry, known in zip(bucket.entries, region.outputs, strict=True):
+        if isinstance(known, TensorOutput) and isinstance(entry, Pooled):
+            stride = entry.view.stride if known.stride is None else evaluate_all(known.stride, values)
+            entry = replace(entry, view=replace(entry.view, size=evaluate_all(known.size, values), stride=stride))
+        entries.append(entry)
+    return _layout(entries).range_nbytes
 
 
 def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
@@ -166,7 +204,7 @@ def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | 
             continue
         if isinstance(known, TensorOutput) and known.stride is not None:
             stated, view = evaluate_all(known.stride, values), entry.view
-            if any(n > 1 and a != b for n, a, b in zip(view.size, stated, view.stride, strict=True)):
+            if not same_places(view.size, stated, view.stride):
                 return Refusal(f"output {index} has strides {view.stride} where Inductor states {stated}")
     return None
 
@@ -189,13 +227,15 @@ def make_outputs(
 ) -> list[Any]:
     """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
     storages = [
-        r.lend(nbytes, Loan(region, extents, step))
+        r.lend(nbytes, Loan(region, extents, step)) if extents else r.bytes(nbytes).untyped_storage()
         for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents, strict=False)
     ]
     outputs: list[Any] = []
     for entry in layout.entries:
         if isinstance(entry, Pooled):
             outputs.append(entry.view.on(storages[entry.range]))
+        elif isinstance(entry, Compacted):
+            outputs.append(entry.copied(storages[entry.range]))
         elif isinstance(entry, Returned):
             outputs.append(entry.of(args[entry.index]))
         elif isinstance(entry, Same):
@@ -213,12 +253,13 @@ def detached(result: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def _layout(entries: Sequence[Entry]) -> Layout:
-    count = 1 + max((e.range for e in entries if isinstance(e, Pooled)), default=-1)
+    count = 1 + max((e.range for e in entries if isinstance(e, (Pooled, Compacted))), default=-1)
     nbytes = [0] * count
     extents: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
     for index, entry in enumerate(entries):
-        if isinstance(entry, Pooled):
+        if isinstance(entry, (Pooled, Compacted)):
             end = entry.view.nbytes
             nbytes[entry.range] = max(nbytes[entry.range], end)
+        if isinstance(entry, Pooled):
             extents[entry.range].append((index, entry.view.offset * entry.view.dtype.itemsize, end))
     return Layout(tuple(entries), tuple(nbytes), tuple(map(tuple, extents)))

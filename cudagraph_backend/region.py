@@ -63,17 +63,35 @@ class SizeInput:
 
 
 @dataclass(frozen=True, slots=True)
+class CountInput:
+    """An argument that the analysis added: the number of real rows of a dim, which the masks in the graph compare with.
+
+    ``index`` is its place, behind the arguments that the region is called with.
+    """
+
+    index: int
+    name: str
+    symbols: frozenset[sympy.Symbol]
+
+    def make(self, values: Values, device: torch.device) -> torch.Tensor:
+        """The argument for a call, an int64 tensor without dims."""
+        # Sizes of one dim differ in calls that are not padded: no mask may hide an entry then.
+        return torch.full((), max(values[s] for s in self.symbols), dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True, slots=True)
 class DynamicDim:
     """One dynamic dim of a region: symbols that are padded together, and what was decided about padding them.
 
     ``refusal`` is why the dim isn't padded (each of its sizes gets a graph of its own then). ``needs_fill`` says
-    whether the proof relies on what padded rows hold.
+    whether the proof relies on what padded rows hold, ``masks`` how many were put into the graph for it.
     """
 
     symbols: frozenset[sympy.Symbol]
     upper: int | None
     refusal: Refusal | None
     needs_fill: bool
+    masks: int = 0
 
     @property
     def name(self) -> str:
@@ -104,6 +122,7 @@ class Region:
     inputs: tuple[TensorInput, ...]
     sizes: tuple[SizeInput, ...]
     dims: tuple[DynamicDim, ...]
+    counts: tuple[CountInput, ...]
     outputs: tuple[TensorOutput | sympy.Expr | None, ...]
     shapes: Shapes
     refusal: Refusal | None

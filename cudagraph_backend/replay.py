@@ -85,6 +85,7 @@ class Replayer:
         plan = table.plan(tuple([size.read(args) for size in self.region.sizes]))
         if isinstance(plan, Refusal):
             return plan
+        args.extend(plan.counts)
         if self._writes and shares_memory(self.region.inputs, args):
             return _SHARED_MEMORY
         ranges = table.place.free_ranges(len(plan.layout.range_nbytes) if plan.layout else None)
@@ -144,6 +145,10 @@ class Replayer:
 
     def _run_compiled(self, args: list[Any], refusal: Refusal) -> Sequence[Any]:
         self._count(refusal)
+        if self.region.counts:
+            values = self.region.values([size.read(args) for size in self.region.sizes])
+            del args[self.region.counts[0].index :]
+            args.extend(count.make(values, self.region.device) for count in self.region.counts)
         return self._compiled(args)
 
     def _count(self, refusal: Refusal) -> None:

@@ -27,6 +27,11 @@ def overlaps_itself(size: Sequence[int], stride: Sequence[int]) -> bool:
     return False
 
 
+def same_places(size: Sequence[int], stride: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether entries of a tensor of ``size`` lie at the same places with either stride."""
+    return 0 in size or all(n == 1 or a == b for n, a, b in zip(size, stride, other, strict=True))
+
+
 def reaching_once(size: Sequence[int], stride: Sequence[int]) -> Shape:
     """A shape that reaches the same addresses, each once (or a gap between them), so that it can be copied to."""
     if overlaps_itself(size, stride):

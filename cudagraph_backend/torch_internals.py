@@ -17,7 +17,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.mutation_guard import GenerationTracker
-from torch._guards import CompileContext
+from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
@@ -151,6 +151,11 @@ class Shapes:
             return sympy.sympify(int(expression))
         value = self._env.deserialize_symexpr(expression)
         return expr(value)
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> Any:
+    """The mode that the values of a graph were traced in; new values must be made in the same one."""
+    return detect_fake_mode([node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)])
 
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

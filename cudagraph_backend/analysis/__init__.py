@@ -7,44 +7,59 @@ outputs, which inputs are written, and the sizes that the compiled code admits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.analysis.capturable import capture_refusal, devices_of
 from cudagraph_backend.analysis.dims import dynamic_dims
 from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
-from cudagraph_backend.analysis.outputs import graph_outputs, is_prefix, with_strides
+from cudagraph_backend.analysis.outputs import graph_outputs, with_strides
 from cudagraph_backend.analysis.source import source_spans
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.region import DynamicDim, Kind, Region, SizeInput, TensorInput, TensorOutput
+from cudagraph_backend.region import CountInput, DynamicDim, Kind, Region, SizeInput, TensorInput
 from cudagraph_backend.strides import overlaps_itself
 
 
 def analyse(
-    graph: Graph, example_inputs: Sequence[Any], kind: Kind, static: Collection[int], options: Options, number: int
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    kind: Kind,
+    static: Collection[int],
+    options: Options,
+    number: int,
+    driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
 ) -> Region:
-    """What the FX graph of a region says; ``static`` are the indices of inputs whose address never changes."""
+    """What the FX graph of a region says; ``static`` are the indices of inputs whose address never changes.
+
+    ``driver_refusal`` tells why a device has no driver. A dim that needs masks gets them, and the graph one more input
+    (``Region.counts``).
+    """
+    graph = module.graph
     devices = devices_of(graph)
-    refusal = capture_refusal(graph, example_inputs, devices)
+    device = next(iter(devices), torch.device("cpu"))
+    refusal = capture_refusal(graph, example_inputs, devices) or driver_refusal(device)
     sizes = size_inputs(example_inputs)
     inputs = tensor_inputs(graph, example_inputs, static)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
+    refusal = refusal or _refused_symbols(inputs, sizes)
+    dims, counts = dynamic_dims(module, sizes, inputs, shapes, options) if refusal is None else ((), ())
     return Region(
         number=number,
         kind=kind,
-        device=next(iter(devices), torch.device("cpu")),
-        inputs=inputs,
+        device=device,
+        inputs=(*inputs, *(_count_tensor(count) for count in counts)),
         sizes=sizes,
-        dims=dynamic_dims(graph, sizes, inputs, shapes, options) if refusal is None else (),
+        dims=dims,
+        counts=counts,
         outputs=graph_outputs(graph),
         shapes=shapes,
-        refusal=refusal or _refused_symbols(inputs, sizes),
+        refusal=refusal,
         has_effects=_draws_random_numbers(graph),
         source_lines=source_spans(graph),
     )
@@ -61,7 +76,7 @@ def complete(region: Region, compiled: Any) -> Region:
         region,
         inputs=inputs,
         outputs=outputs,
-        dims=tuple(_with_layout(dim, inputs, outputs) if guards_known else _unguarded(dim) for dim in region.dims),
+        dims=tuple(_with_layout(dim, inputs) if guards_known else _unguarded(dim) for dim in region.dims),
         refusal=refusal,
         has_effects=region.has_effects or bool(mutated),
     )
@@ -70,6 +85,10 @@ def complete(region: Region, compiled: Any) -> Region:
 def _symint(example_inputs: Sequence[Any], index: int, dim: int | None) -> torch.SymInt:
     value = example_inputs[index]
     return value if dim is None else value.shape[dim]
+
+
+def _count_tensor(count: CountInput) -> TensorInput:
+    return TensorInput(count.index, count.name, "staged", False, torch.int64, (), ())
 
 
 def _refused_symbols(inputs: Sequence[TensorInput], sizes: Sequence[SizeInput]) -> Refusal | None:
@@ -101,18 +120,13 @@ def _unguarded(dim: DynamicDim) -> DynamicDim:
     return dim if dim.refusal is not None else dataclasses.replace(dim, refusal=Refusal(reason))
 
 
-def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], outputs: Sequence[Any]) -> DynamicDim:
+def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput]) -> DynamicDim:
     if dim.refusal is not None:
         return dim
     for tensor in inputs:
         if _overlaps_when_padded(tensor, dim):
             refusal = Refusal(f"input {tensor.name} would overlap itself in memory")
             return dataclasses.replace(dim, refusal=refusal)
-    for index, output in enumerate(outputs):
-        if not is_prefix(output, dim):
-            source = output.source if isinstance(output, TensorOutput) else None
-            reason = f"the dim is not outermost in the memory of output {index}"
-            return dataclasses.replace(dim, refusal=Refusal(reason, source=source))
     return dim
 
 

@@ -2,70 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import sympy
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
-from cudagraph_backend.analysis.padding import Verdict, prove
+from cudagraph_backend.analysis.padding import Verdict, masks, prove
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.region import DynamicDim, SizeInput, TensorInput
+from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
 from cudagraph_backend.torch_internals import Shapes
+
+Symbols: TypeAlias = "frozenset[sympy.Symbol]"
 
 
 def dynamic_dims(
-    graph: Graph, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
-) -> tuple[DynamicDim, ...]:
-    """One record per dim that varies independently, in the order in which its first symbol is read."""
-    symbols = [s.size for s in sizes if isinstance(s.size, sympy.Symbol)]
-    dims: list[DynamicDim] = []
-    for symbol in symbols:
-        if any(symbol in dim.symbols for dim in dims):
-            continue
-        dim = _dim(graph, frozenset([symbol]), inputs, shapes, options)
-        dims = [d for d in dims if not d.symbols & dim.symbols]  # a linked dim takes the place of its parts
-        dims.append(dim)
-    return tuple(dims)
+    module: GraphModule, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
+) -> tuple[tuple[DynamicDim, ...], tuple[CountInput, ...]]:
+    """One record per dim that varies independently, in the order in which its first symbol is read.
+
+    First without touching the graph; dims refused that way are tried again with masks. The masks of one dim are in the
+    graph when the next dim is judged, so that the proofs hold one after the other. A dim with masks gives the graph one
+    more input, the number of its real rows.
+    """
+    symbols = [frozenset([s.size]) for s in sizes if isinstance(s.size, sympy.Symbol)]
+    verdicts: list[Verdict] = []
+    for dim in symbols:
+        verdicts = _with(verdicts, dim, lambda dim: _verdict(module.graph, dim, options, masked=False))
+    refused = [v.symbols for v in verdicts if v.refusal is not None]
+    counts: list[CountInput] = []
+    for dim in refused if options.pad == "prove" else ():
+        if _refused_layouts(dim, inputs, options) is None:
+            verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, options, counts))
+    return tuple(_dim(verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
 
 
-def _dim(
-    graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
-) -> DynamicDim:
-    verdict = _linked_verdict(graph, symbols, options)
-    refusal = (
-        verdict.refusal
-        or _refused_number(verdict.symbols, inputs)
-        or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
-    )
+def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
+    """``verdicts`` and one on ``symbols``; on a linked dim it takes the place of its parts."""
+    if any(symbols < verdict.symbols for verdict in verdicts):
+        return verdicts
+    verdict = judge(symbols)
+    return [*(other for other in verdicts if not other.symbols & verdict.symbols), verdict]
+
+
+def _dim(verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
         upper=min(upper) if upper else None,
-        refusal=refusal,
+        refusal=verdict.refusal or _refused_layouts(verdict.symbols, inputs, options),
         needs_fill=verdict.needs_fill,
+        masks=len(verdict.masks),
     )
 
 
-def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Options) -> Verdict:
+def _verdict(graph: Graph, symbols: Symbols, options: Options, *, masked: bool) -> Verdict:
     """The verdict on ``symbols``, or on them together with the dims they index by row, where that is provable."""
     if options.pad == "off":
-        return Verdict(symbols, Refusal("padding is off (option pad='off')"), False, frozenset(), ())
+        return Verdict(symbols, Refusal("padding is off (option pad='off')"), False)
     if options.pad == "assume":
-        return Verdict(symbols, None, True, frozenset(), ())
-    alone = verdict = prove(graph, symbols, options.fill)
+        return Verdict(symbols, None, True)
+    alone = verdict = prove(graph, symbols, options.fill, masked=masked)
     while verdict.refusal is not None and verdict.link - verdict.symbols:
-        verdict = prove(graph, verdict.symbols | verdict.link, options.fill)
+        verdict = prove(graph, verdict.symbols | verdict.link, options.fill, masked=masked)
     return alone if verdict.refusal is not None else verdict
 
 
-def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput]) -> Refusal | None:
+def _masked(module: GraphModule, symbols: Symbols, options: Options, counts: list[CountInput]) -> Verdict:
+    """The verdict on ``symbols`` with masks; if it is safe they are put into the graph."""
+    verdict = _verdict(module.graph, symbols, options, masked=True)
+    if verdict.masks:
+        if unknown := masks.lacking(module.graph, verdict.masks):
+            return Verdict(symbols, Refusal(f"no input has the size {next(iter(unknown))}, which a mask needs"), False)
+        name = "rows_" + "_".join(sorted(map(str, verdict.symbols)))
+        masks.insert(module, verdict.masks, name)
+        index = len(module.graph.find_nodes(op="placeholder")) - 1
+        counts.append(CountInput(index, name, verdict.symbols))
+    return verdict
+
+
+def _refused_layouts(symbols: Symbols, inputs: Sequence[TensorInput], options: Options) -> Refusal | None:
+    layouts = (refusal for i in inputs if (refusal := _refused_layout(i, symbols, options)))
+    return _refused_number(symbols, inputs) or next(layouts, None)
+
+
+def _refused_number(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
     """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad."""
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
     return None if symbols <= in_sizes else Refusal("it is the size of no input's dim")
 
 
-def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], options: Options) -> Refusal | None:
+def _refused_layout(tensor: TensorInput, symbols: Symbols, options: Options) -> Refusal | None:
     """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
     in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
     if (tensor.symbols - in_sizes) & symbols:
@@ -78,6 +106,6 @@ def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], optio
     return None
 
 
-def _is_multiple(size: sympy.Expr, symbols: frozenset[sympy.Symbol]) -> bool:
+def _is_multiple(size: sympy.Expr, symbols: Symbols) -> bool:
     present = size.free_symbols & symbols
     return len(present) == 1 and (size / next(iter(present))).is_Integer

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.source import source_line
-from cudagraph_backend.region import DynamicDim, TensorOutput
+from cudagraph_backend.region import TensorOutput
 from cudagraph_backend.torch_internals import Shapes, expr
 
 Output: TypeAlias = TensorOutput | sympy.Expr | None
@@ -43,16 +43,3 @@ def with_strides(
         for o, stride in zip(outputs, strides, strict=True)
     )
 
-
-def is_prefix(output: Output, dim: DynamicDim) -> bool:
-    """Whether an output's real entries stay where they are in memory when ``dim`` is padded.
-
-    They do if no stride grows with the dim; a size-1 dim's stride moves nothing.
-    """
-    if not isinstance(output, TensorOutput):
-        return True
-    if output.stride is None:
-        return not any(s.free_symbols & dim.symbols for s in output.size)
-    return not any(
-        stride.free_symbols & dim.symbols for size, stride in zip(output.size, output.stride, strict=True) if size != 1
-    )

@@ -23,6 +23,7 @@ from cudagraph_backend.outputs import (
     layout_at,
     make_outputs,
     observed_layout,
+    range_nbytes_at,
     stride_refusal,
 )
 from cudagraph_backend.region import Region, TensorInput, TensorOutput
@@ -41,6 +42,7 @@ def region(outputs: Sequence[Any], static: Sequence[int] = (), staged: Sequence[
         inputs=tuple(TensorInput(i, f"arg{i}", role, False, torch.float32, (), ()) for i, role in inputs),
         sizes=(),
         dims=(),
+        counts=(),
         outputs=tuple(fixed(o) if isinstance(o, torch.Tensor) else o for o in outputs),
         shapes=Shapes([]),
         refusal=None,
@@ -281,19 +283,32 @@ def test_real_rows_of_a_view_at_an_offset_stay_where_they_are():
     assert_same(got, base[:3, 1:3])
 
 
-def test_stride_is_that_of_the_bucket_where_inductor_states_none():
-    known = region([TensorOutput(torch.float32, (N, sympy.Integer(3)), None, None)])
-    bucket = layout_of(known, [torch.randn(3, 8).t()], rows=8)
-    entry = layout_at(known, bucket, {N: 5}).entries[0]
-    assert isinstance(entry, Pooled)
-    assert (entry.view.size, entry.view.stride) == ((5, 3), (1, 8))
+@pytest.mark.parametrize("stated", [(sympy.S.One, N), None])
+def test_real_rows_that_are_not_outermost_in_memory_are_copied_to_memory_of_their_own(stated):
+    """Of a bucket of 8 columns in memory, 5; they get the strides they have without a bucket."""
+    known = region([TensorOutput(torch.float32, (N, sympy.Integer(3)), stated, None)])
+    result = torch.randn(3, 8).t()
+    bucket = layout_of(known, [result], rows=8)
+    ranges = ranges_for(bucket)
+    copy_out(bucket, [result], ranges)
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), ranges, [], "region 3", (0, 0))
+    assert_same(got, result[:5].t().contiguous().t())
+    assert not ranges[0].is_live()
+    (whole,) = make_outputs(layout_at(known, bucket, {N: 8}), ranges, [], "region 3", (0, 0))
+    assert_same(whole, result)
+    assert ranges[0].is_live()
+
+
+def test_one_real_row_needs_no_copy():
+    known = region([TensorOutput(torch.float32, (sympy.Integer(1), N), (N, sympy.S.One), None)])
+    bucket = layout_of(known, [torch.randn(1, 8)], rows=8)
+    assert isinstance(layout_at(known, bucket, {N: 5}).entries[0], Pooled)
 
 
 def test_the_layout_of_a_larger_bucket_needs_more_bytes():
     known = region([rows_of(3), rows_of(2, torch.float64)])
     bucket = layout_of(known, [torch.randn(8, 3), torch.randn(8, 2, dtype=torch.float64)], rows=8)
-    assert layout_at(known, bucket, {N: 64}).range_nbytes == (64 * 12, 64 * 16)
-    assert layout_at(known, bucket, {N: 64}).nbytes == 64 * 28
+    assert range_nbytes_at(known, bucket, {N: 64}) == (64 * 12, 64 * 16)
 
 
 def test_real_rows_of_a_returned_argument_are_the_argument():

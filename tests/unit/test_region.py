@@ -56,7 +56,7 @@ def test_a_size_is_read_from_an_int_or_a_dim():
 
 def test_values_are_those_of_symbols_and_in_the_order_of_sizes():
     sizes = (SizeInput(0, None, N), SizeInput(1, None, 2 * N), SizeInput(2, None, sympy.Integer(3)), SizeInput(3, 0, M))
-    region = Region(4, "forward", torch.device("cpu"), (), sizes, (), (), Shapes([]), None, False, ())
+    region = Region(4, "forward", torch.device("cpu"), (), sizes, (), (), (), Shapes([]), None, False, ())
     assert region.values([5, 10, 3, 7]) == {N: 5, M: 7}
     assert region.name == "region 4 (forward)"
     with pytest.raises(ValueError, match="zip"):

@@ -4,8 +4,9 @@
 invariant is that real rows never depend on padded rows; depending on earlier rows is fine, as padding is at the end.
 """
 
+from . import masks
 from .call import Call, rule
 from .lattice import FREE, Fact, Operand, RefusePadding, Rows
 from .prove import Verdict, prove
 
-__all__ = ["FREE", "Call", "Fact", "Operand", "RefusePadding", "Rows", "Verdict", "prove", "rule"]
+__all__ = ["FREE", "Call", "Fact", "Operand", "RefusePadding", "Rows", "Verdict", "masks", "prove", "rule"]

@@ -13,7 +13,7 @@ from torch.fx import Node
 from cudagraph_backend.torch_internals import is_operator, operator_schema
 
 from .lattice import FREE, Fact, Filling, Operand, RefusePadding, Results, Rows, blocks_of, common, in_blocks
-from .symbolic import ROWS, Sizes, hide, row_dims, whole
+from .symbolic import HIDDEN, ROWS, Sizes, hide, row_dims, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Call:
         rows = operand.rows
         if rows is FREE:
             return
-        if self.masks is None or operand.source is None or (filling == "last" and (rows.per != 1 or not rows.together)):
+        if self.masks is None or operand.source is None or not _can_be_masked(rows, filling):
             raise RefusePadding(otherwise)
         self.masks.append(Mask(self.node, operand.source, rows, filling))
 
@@ -137,6 +137,13 @@ class Call:
         if is_exact(val.dtype) and any(operand.rows and not is_exact(operand.dtype) for operand in self.operands):
             facts &= ~Fact.REPLICA  # equal up to rounding before, another number after
         return Rows(dim, per, facts, blocks)
+
+
+def _can_be_masked(rows: Rows, filling: Filling) -> bool:
+    if filling == "last":
+        return rows.per == 1 and rows.together
+    blocks = sympy.S.One if rows.blocks is None else rows.blocks
+    return all(size.is_polynomial() and not size.has(HIDDEN) for size in (rows.per, blocks))
 
 
 def leaves(argument: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ every real row must be the same. ``refutation`` does just that; it knows nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
@@ -15,11 +15,11 @@ import torch
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cudagraph_backend.analysis.padding import Verdict, prove
+from cudagraph_backend.analysis.padding import Verdict, masks, prove
 
 Fill = Literal["replica", "zero", "poison", "extreme"]
 BUCKETS = (6, 13, 20, 60, 840)
@@ -71,9 +71,23 @@ class Region:
                     return _guards_hold(size.node.shape_env, sizes)
         return True
 
-    def prove(self, *symbols: sympy.Symbol, fill: Literal["replica", "zero"] = "replica") -> Verdict:
+    def prove(
+        self, *symbols: sympy.Symbol, fill: Literal["replica", "zero"] = "replica", masked: bool = False
+    ) -> Verdict:
         """The verdict on padding ``symbols`` together, by default all there are."""
-        return prove(self.module.graph, frozenset(symbols or self.symbols()), fill)
+        return prove(self.module.graph, frozenset(symbols or self.symbols()), fill, masked=masked)
+
+    def with_masks(self, verdict: Verdict) -> Region:
+        """The region with the masks that a verdict asks for, and the number of real rows as its last argument."""
+        if not verdict.masks:
+            return self
+        graph, copies = Graph(), {}
+        graph.output(graph.graph_copy(self.module.graph, copies))
+        module = GraphModule(self.module, graph)
+        moved = [replace(mask, user=copies[mask.user], source=copies[mask.source]) for mask in verdict.masks]
+        masks.insert(module, moved, "rows")
+        count = max(self.sizes()[symbol] for symbol in verdict.symbols)
+        return Region(module, (*self.args, torch.tensor(count)))
 
 
 def dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
@@ -142,11 +156,12 @@ def refutation(region: Region, verdict: Verdict, bucket: int, fill: Fill, tolera
     exact = region.sizes()
     padded = exact | dict.fromkeys(verdict.symbols, bucket)
     before = _run(region.module, [_clone(arg) for arg in region.args])
+    region = region.with_masks(verdict)
     rows = bucket - exact[next(iter(verdict.symbols))]
     inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg in zip(region.metas, region.args, strict=True)]
     after = _run(region.module, inputs)
     metas = [*_outputs_of(region.module), *region.metas]
-    for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=True)):
+    for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=False)):  # no mask's argument
         if not isinstance(left, torch.Tensor):
             continue
         if tuple(right.shape) != _shape(meta, padded):
