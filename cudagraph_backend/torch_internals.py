@@ -155,7 +155,9 @@ class Shapes:
 
 def fake_mode_of(graph: torch.fx.Graph) -> Any:
     """The mode that the values of a graph were traced in; new values must be made in the same one."""
-    return detect_fake_mode([node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)])
+    return detect_fake_mode(
+        [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    )
 
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -42,4 +42,3 @@ def with_strides(
         else o
         for o, stride in zip(outputs, strides, strict=True)
     )
-

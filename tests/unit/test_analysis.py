@@ -259,6 +259,7 @@ def test_a_dim_whose_rows_would_overlap_when_padded_is_not(size: Any, stride: An
 
 # ------------------------------------------------------------------------------------------------ outputs
 
+
 def test_strides_are_those_that_inductor_states():
     region = region_of(lambda x: (x.shape[0], x * 2, None), torch.randn(6, 4))
     rows, width = region.inputs[0].size

@@ -13,7 +13,7 @@ from torch.fx import Node
 from cudagraph_backend.torch_internals import is_operator, operator_schema
 
 from .lattice import FREE, Fact, Filling, Operand, RefusePadding, Results, Rows, blocks_of, common, in_blocks
-from .symbolic import HIDDEN, ROWS, Sizes, hide, row_dims, whole
+from .symbolic import HIDDEN, ROWS, RowDim, Sizes, hide, row_dims, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +104,20 @@ class Call:
                 results.append(refusal)
         return tuple(results)
 
-    def result_dim(self) -> tuple[int, sympy.Expr] | None:
-        """The dim of the call's one result that carries this line's rows, with its entries per row."""
+    def result_dim(self) -> RowDim | None:
+        """The dim of the call's one result that carries this line's rows."""
         return self._row_dim(self.node.meta["val"])
 
     def result_shape(self) -> tuple[sympy.Expr, ...]:
         """The shape of the call's one result."""
         shape, found = self.sizes.shape(self.node.meta["val"]), self.result_dim()
-        return hide(shape, [dim for dim in range(len(shape)) if found is None or dim != found[0]])
+        return hide(shape, [dim for dim in range(len(shape)) if found is None or dim != found.dim])
 
-    def _row_dim(self, val: torch.Tensor, dim: int | None = None) -> tuple[int, sympy.Expr] | None:
+    def _row_dim(self, val: torch.Tensor, dim: int | None = None) -> RowDim | None:
         found = row_dims(self.sizes.shape(val))
         dim = self.made if dim is None else dim
         if dim is not None:
-            return next((one for one in found if one[0] == dim), None)
+            return next((one for one in found if one.dim == dim), None)
         if len(found) <= 1:
             return found[0] if found else None
         number, count = self.line
@@ -125,25 +125,25 @@ class Call:
             raise RefusePadding("several dims carry the rows, and which is which can't be told")
         return found[number]  # operators keep the order of dims, unless their rule says otherwise
 
-    def _rows(
-        self, val: torch.Tensor, facts: Fact, operands: Sequence[Operand | None], dim: int | None = None
-    ) -> Rows:
+    def _rows(self, val: torch.Tensor, facts: Fact, operands: Sequence[Operand | None], dim: int | None = None) -> Rows:
         found = self._row_dim(val, dim)
         if found is None:
             raise RefusePadding("the result of an operation on rows has no row dim")
-        (dim, count), blocks = found, blocks_of(*operands)
-        per = count if blocks is None else whole(count, blocks, "rows in different places meet")
+        blocks = blocks_of(*operands)
+        if found.extra != 0 and blocks not in (None, 1):
+            raise RefusePadding("rows in different places meet")
+        per = found.count if blocks is None else whole(found.count, blocks, "rows in different places meet")
         facts &= common(*operands)
         if is_exact(val.dtype) and any(operand.rows and not is_exact(operand.dtype) for operand in self.operands):
             facts &= ~Fact.REPLICA  # equal up to rounding before, another number after
-        return Rows(dim, per, facts, blocks)
+        return Rows(found.dim, per, facts, blocks, found.extra)
 
 
 def _can_be_masked(rows: Rows, filling: Filling) -> bool:
     if filling == "last":
         return rows.per == 1 and rows.together
     blocks = sympy.S.One if rows.blocks is None else rows.blocks
-    return all(size.is_polynomial() and not size.has(HIDDEN) for size in (rows.per, blocks))
+    return all(size.is_polynomial() and not size.has(HIDDEN) for size in (rows.per, blocks, rows.extra))
 
 
 def leaves(argument: Any) -> Iterator[Any]:

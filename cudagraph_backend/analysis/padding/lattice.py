@@ -51,17 +51,19 @@ class Rows:
     """Rows along a dim.
 
     Attributes:
-        dim: the dim, of size ``blocks * per * n``.
+        dim: the dim, of size ``blocks * per * n + extra``.
         per: consecutive entries of one row.
         holds: what the padded rows hold.
         blocks: how many times real rows and then padded rows follow each other along the dim; None if all entries
             along it are equal, so that any division into rows is right.
+        extra: entries more than rows, or less (``x[:-1]``); of one block only. The first ``per * n + extra`` are real.
     """
 
     dim: int
     per: sympy.Expr
     holds: Fact = Fact.NOTHING
     blocks: sympy.Expr | None = sympy.S.One
+    extra: sympy.Expr = sympy.S.Zero
 
     @property
     def together(self) -> bool:
@@ -70,7 +72,7 @@ class Rows:
 
     @property
     def count(self) -> sympy.Expr:
-        """Entries along the dim per padded row: its size is ``count * n``."""
+        """Entries along the dim per padded row: its size is ``count * n + extra``."""
         return sympy.expand(self.per * (1 if self.blocks is None else self.blocks))
 
 
@@ -153,14 +155,16 @@ def meet(*operands: Operand | None) -> int | None:
 
 def in_order(rows: Rows) -> Rows:
     """``rows`` in one block: for operators whose results differ from row to row even where the operands' don't."""
-    return Rows(rows.dim, rows.count, rows.holds) if rows.blocks is None else rows
+    return Rows(rows.dim, rows.count, rows.holds, extra=rows.extra) if rows.blocks is None else rows
 
 
 def in_blocks(rows: Rows, blocks: sympy.Expr | None) -> Rows:
     """``rows`` divided as other operands are: possible if all its entries are equal."""
     if rows.blocks is not None or blocks is None:
         return rows
-    return Rows(rows.dim, sympy.expand(rows.count / blocks), rows.holds, blocks)
+    if rows.extra != 0 and blocks != 1:
+        raise RefusePadding("rows in different places meet")
+    return Rows(rows.dim, sympy.expand(rows.count / blocks), rows.holds, blocks, rows.extra)
 
 
 def blocks_of(*operands: Operand | None) -> sympy.Expr | None:

@@ -34,8 +34,10 @@ def insert(module: GraphModule, masks: Sequence[Mask], name: str) -> None:
 
 def lacking(graph: Graph, masks: Sequence[Mask]) -> frozenset[sympy.Symbol]:
     """Symbols that the masks need and no input of the graph has as a size."""
-    needed = [size for mask in masks for size in (mask.rows.per, mask.rows.blocks) if size is not None]
-    symbols: frozenset[sympy.Symbol] = frozenset().union(*(size.free_symbols for size in needed))
+    symbols: frozenset[sympy.Symbol] = frozenset()
+    for mask in masks:
+        rows = in_order(mask.rows)
+        symbols = symbols.union(rows.per.free_symbols, rows.blocks.free_symbols, rows.extra.free_symbols)
     return symbols - _symbols(graph).keys()
 
 
@@ -75,18 +77,22 @@ class _Masking:
             prims.iota.default, size, start=0, step=1, dtype=torch.int64, device=self._device, requires_grad=False
         )
         if filling == "last":
-            last = self._add(aten.sub.Tensor, self._count, 1)
+            last = self._add(aten.sub.Tensor, self._end(rows), 1)
             index = self._add(aten.minimum.default, entry, last)
             return self._add(aten.index.Tensor, operand, [*[None] * rows.dim, index])
         if rows.blocks != 1:
             period = self._add(operator.floordiv, size, self._number(rows.blocks))
             entry = self._add(aten.remainder.Scalar, entry, period)
-        real = self._count if rows.per == 1 else self._add(aten.mul.Tensor, self._count, self._number(rows.per))
-        is_real = self._add(aten.lt.Tensor, entry, real)
+        is_real = self._add(aten.lt.Tensor, entry, self._end(rows))
         is_real = self._add(aten.view.default, is_real, [-1] + [1] * (val.ndim - 1 - rows.dim))
         number = _number(filling, val.dtype)
         other = self._add(aten.full.default, [], number, dtype=val.dtype, device=self._device, pin_memory=False)
         return self._add(aten.where.self, is_real, operand, other)
+
+    def _end(self, rows: Rows) -> Node:
+        """The number of real entries of a block."""
+        end = self._count if rows.per == 1 else self._add(aten.mul.Tensor, self._count, self._number(rows.per))
+        return end if rows.extra == 0 else self._add(aten.add.Tensor, end, self._number(rows.extra))
 
     def _number(self, size: sympy.Expr) -> Any:
         """A size, as a number or a node that computes it from the graph's sizes."""

@@ -134,7 +134,7 @@ class _Walk:
             found = row_dims(self.sizes.shape(val))
         except RefusePadding as refused:
             raise RefusePadding(f"input {node.name}: {refused.reason}") from None
-        return tuple(Rows(dim, per, self.fill) for dim, per in found)
+        return tuple(Rows(dim, per, self.fill, extra=extra) for dim, per, extra in found)
 
     def _item(self, node: Node) -> Found:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
@@ -183,7 +183,9 @@ class _Walk:
         ]
         if makes_rows:
             claimed = {rows.dim for rows in results if isinstance(rows, Rows)}
-            made = [dim for dim, _ in row_dims(self._shape(node)) if dim not in claimed] or ([] if results else [None])
+            made = [one.dim for one in row_dims(self._shape(node)) if one.dim not in claimed] or (
+                [] if results else [None]
+            )
             hidden = along(arguments, {})
             results += [rule.apply(replace(call, arguments=hidden, made=dim)) for dim in made]
         if len(self.masks or ()) > before:  # what was known of padded rows is no longer so
@@ -232,7 +234,8 @@ class _Walk:
                 raise RefusePadding("a number computed from tensors changes with the padded size")
             return ()
         shape = self.sizes.shape(val)
-        if not isinstance(value, tuple) or row_dims(shape) != tuple((rows.dim, rows.count) for rows in value):
+        claimed = tuple((rows.dim, rows.count, rows.extra) for rows in value) if isinstance(value, tuple) else None
+        if row_dims(shape) != claimed:
             raise RefusePadding(f"the result's shape changes with the padded size: {shape_text(shape)}")
         return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -39,22 +40,26 @@ class Sizes:
         return tuple(self.expr(size) for size in tensor.shape)  # type: ignore[misc]
 
 
-def row_dims(shape: Sequence[sympy.Expr]) -> tuple[tuple[int, sympy.Expr], ...]:
-    """The dims of ``shape`` that carry rows, each with its number of entries per row."""
-    otherwise = "a size is not a multiple of the rows"
-    return tuple(
-        (dim, whole(size, ROWS, f"{otherwise}: {shape_text(shape)}"))
-        for dim, size in enumerate(shape)
-        if size.has(ROWS)
-    )
+class RowDim(NamedTuple):
+    """A dim of size ``count * n + extra``."""
+
+    dim: int
+    count: sympy.Expr
+    extra: sympy.Expr
 
 
-def row_dim(shape: Sequence[sympy.Expr]) -> tuple[int, sympy.Expr] | None:
-    """The only dim of ``shape`` that carries rows, with its entries per row; None without rows."""
-    found = row_dims(shape)
-    if len(found) > 1:
-        raise RefusePadding(f"two dims carry the rows: {shape_text(shape)}")
-    return found[0] if found else None
+def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
+    """The dims of ``shape`` that carry rows."""
+    return tuple(_row_dim(shape, dim) for dim, size in enumerate(shape) if size.has(ROWS))
+
+
+def _row_dim(shape: Sequence[sympy.Expr], dim: int) -> RowDim:
+    size = shape[dim]
+    extra = size.xreplace({ROWS: sympy.S.Zero})
+    otherwise = f"a size is not a multiple of the rows: {shape_text(shape)}"
+    if extra.is_integer is not True:  # floor(n / 2) is not; its value at 0 tells nothing
+        raise RefusePadding(otherwise)
+    return RowDim(dim, whole(sympy.expand(size - extra), ROWS, otherwise), extra)
 
 
 def hide(shape: Sequence[sympy.Expr], dims: Container[int]) -> tuple[sympy.Expr, ...]:

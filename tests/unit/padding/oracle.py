@@ -85,7 +85,7 @@ class Region:
         graph.output(graph.graph_copy(self.module.graph, copies))
         module = GraphModule(self.module, graph)
         moved = [replace(mask, user=copies[mask.user], source=copies[mask.source]) for mask in verdict.masks]
-        masks.insert(module, moved, "rows")
+        masks.insert(module, moved, "rows_" + "_".join(map(str, verdict.symbols)))
         count = max(self.sizes()[symbol] for symbol in verdict.symbols)
         return Region(module, (*self.args, torch.tensor(count)))
 

@@ -56,7 +56,7 @@ def test_batch_or_heads(attention, rows, causal):
     found = verdict(attention, rows, rows, is_causal=causal)
     assert found.refusal is None
     assert not found.needs_fill
-    assert [rows.dim for rows, in found.outputs] == [rows, rows]
+    assert [rows.dim for (rows,) in found.outputs] == [rows, rows]
 
 
 @pytest.mark.parametrize("mask", [None, BATCH, HEADS])
@@ -71,7 +71,7 @@ def test_batch_with_a_mask(attention, mask):
 def test_queries_alone(attention):
     found = verdict(attention, LENGTH, None)
     assert found.refusal is None
-    assert [rows.dim for rows, in found.outputs] == [LENGTH, LENGTH]
+    assert [rows.dim for (rows,) in found.outputs] == [LENGTH, LENGTH]
 
 
 @pytest.mark.parametrize("attention", MASKED)

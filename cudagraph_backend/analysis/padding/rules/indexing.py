@@ -184,7 +184,8 @@ def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int
 def _is_own(index: Operand, operand: Operand) -> None:
     """Rows may be picked by number only if each row picks itself."""
     picked, own = operand.rows, index.rows
-    if not (own and own.together and own.holds & Fact.OWN_INDEX and picked and picked.together and picked.per == 1):
+    is_own = own and own.together and own.holds & Fact.OWN_INDEX
+    if not (is_own and picked and picked.together and picked.per == 1 and picked.extra == own.extra):
         raise RefusePadding("picks rows by numbers", _symbols(index.shape))
 
 
@@ -204,7 +205,8 @@ def _same_rows(operand: Operand, other: Operand) -> None:
         dim = (operand.row_dim or 0) if other.row_dim is None else other.row_dim
         link = operand.shape[dim].free_symbols | other.shape[dim].free_symbols
         raise RefusePadding("rows meet a dim of another size", link)
-    if operand.rows.dim != other.rows.dim or operand.rows.count != other.rows.count:
+    mine, others = ((rows.dim, rows.count, rows.extra) for rows in (operand.rows, other.rows))
+    if mine != others:
         raise RefusePadding("rows along different dims meet")
 
 

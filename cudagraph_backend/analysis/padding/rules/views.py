@@ -50,14 +50,18 @@ def reshape(call: Call) -> Results:
     after, rows = call.result_dim(), operand.rows
     if rows is FREE or after is None:
         raise RefusePadding(mixes)
-    blocks = product((*operand.shape[: rows.dim], rows.count / rows.per))
+    dim, before = after.dim, product(operand.shape[: rows.dim])
+    if rows.extra != 0:
+        if (rows.count, rows.extra) != after[1:] or before != product(shape[:dim]):
+            raise RefusePadding(mixes)
+        return replace(rows, dim=dim)
+    blocks = before * rows.count / rows.per
     chunk = product((rows.per, *operand.shape[rows.dim + 1 :]))
-    dim = after[0]
     return Rows(
         dim,
         per=whole(chunk, product(shape[dim + 1 :]), mixes),
         holds=rows.holds,
-        blocks=whole(blocks, product(shape[:dim]), mixes),
+        blocks=whole(sympy.expand(blocks), product(shape[:dim]), mixes),
     )
 
 
@@ -92,7 +96,7 @@ def repeat(call: Call) -> Results:
 
 @rule("aten::slice.Tensor", sizes=("start", "end"))
 def cut(call: Call) -> Results:
-    """Of rows: whole blocks, or a fixed number from the front. Of a value free of rows: its first entries as rows."""
+    """Of rows: whole blocks, or from a fixed place. Of a value free of rows: its first entries as rows."""
     operand = call["self"]
     dim, start, step = operand.dim(call["dim"]), call["start"] or 0, call["step"]
     if operand.rows is FREE:
@@ -104,7 +108,11 @@ def cut(call: Call) -> Results:
         return FREE  # the shape is fixed, so the guards say that there are at least ``end`` real entries
     if left is None or step != 1:
         raise RefusePadding("cuts the rows at a place that is not fixed")
-    return _blocks(rows, start, left[1])
+    if rows.together and _is_count(start) and (start != 0 or left.extra != 0 or rows.extra != 0):
+        return Rows(rows.dim, left.count, extra=left.extra)  # what is left at the exact size comes from real rows
+    if rows.extra != 0:
+        raise RefusePadding("cuts the rows at a place that is not fixed")
+    return _blocks(rows, start, left.count)
 
 
 def _prefix(call: Call, operand: Operand, dim: int) -> Rows:
@@ -162,12 +170,16 @@ def cat(call: Call) -> Results:
     """Joined along another dim, the rows stay aligned; joined end to end, they become blocks."""
     operands: list[Operand] = call["tensors"]
     rows = [operand.rows for operand in operands if operand.rows]
-    if len(rows) < len(operands) or len({one.dim for one in rows}) > 1:
+    if len({one.dim for one in rows}) > 1:
         raise RefusePadding("rows along different dims meet")
-    new_dim = str(call.node.target).startswith("aten.stack")
-    if new_dim or operands[0].dim(call["dim"]) != rows[0].dim:
+    along_rows = call.operator == "aten::cat" and operands[0].dim(call["dim"]) == rows[0].dim
+    if along_rows and len(rows) == 1 and operands[-1].rows and rows[0].together:
+        return replace(call.keep(Fact.NOTHING), per=rows[0].count, blocks=sympy.S.One)  # behind what is free of rows
+    if len(rows) < len(operands):
+        raise RefusePadding("rows along different dims meet")
+    if not along_rows:
         return call.keep(Fact.REPLICA | Fact.ZERO)
-    if len({one.per for one in rows}) > 1:
+    if len({one.per for one in rows}) > 1 or any(one.extra != 0 for one in rows):
         raise RefusePadding("joins rows of different length end to end")
     blocks = sum(one.count for one in rows) / rows[0].per
     return Rows(rows[0].dim, rows[0].per, common(*operands) & ~Fact.OWN_INDEX, blocks)
@@ -184,21 +196,26 @@ def reorder(call: Call) -> Results:
 
 @rule("aten::unfold")
 def unfold(call: Call) -> Results:
-    """Windows along another dim."""
+    """Windows along another dim, or of rows one by one: the real ones of these end at the last real row."""
     operand = call["self"]
-    if operand.dim(call["dimension"]) == operand.row_dim:
+    if operand.dim(call["dimension"]) != operand.row_dim:
+        return call.keep(Fact.ALL, dim=operand.row_dim)
+    if call["step"] != 1 or not operand.rows.together:
         raise RefusePadding("windows over the rows")
-    return call.keep(Fact.ALL)
+    return in_order(call.keep(Fact.NOTHING, dim=operand.row_dim))
 
 
 @rule("aten::constant_pad_nd")
 def pad(call: Call) -> Results:
-    """Pads other dims; ``pad`` holds two numbers per dim, last dim first."""
+    """Pads other dims, or the rows in front; ``pad`` holds two numbers per dim, last dim first."""
     operand, pads = call["self"], call["pad"]
-    before = 2 * (len(operand.shape) - 1 - operand.row_dim)
-    if any(pads[before : before + 2]):
-        raise RefusePadding("pads the rows")
-    return call.keep(Fact.REPLICA | (Fact.ZERO if call["value"] == 0 else Fact.NOTHING))
+    place = 2 * (len(operand.shape) - 1 - operand.row_dim)
+    before, behind = pads[place : place + 2] or (0, 0)
+    if (before, behind) == (0, 0):
+        return call.keep(Fact.REPLICA | (Fact.ZERO if call["value"] == 0 else Fact.NOTHING))
+    if depends_on_size(before) or not (isinstance(behind, int) and behind <= 0) or not operand.rows.together:
+        raise RefusePadding("pads behind the rows")
+    return in_order(call.keep(Fact.NOTHING))
 
 
 @rule("aten::tril", "aten::triu")

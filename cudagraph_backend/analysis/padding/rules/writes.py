@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..call import Call, rule
-from ..lattice import FREE, RefusePadding, Results, Rows, meet
+from ..lattice import FREE, Fact, RefusePadding, Results, meet
 
 
 @rule("aten::copy_")
@@ -13,6 +15,6 @@ def write(call: Call) -> Results:
     if target.rows is FREE and source.rows is not FREE:
         raise RefusePadding("padded rows would be written into an input free of rows")
     meet(target, source)
-    if source.rows is not FREE and (source.rows.count, source.rows.together) != (target.rows.count, True):
+    if source.rows is not FREE and not source.rows.together:
         raise RefusePadding("rows from other places are written into an input's rows")
-    return Rows(target.rows.dim, target.rows.per)
+    return replace(target.rows, holds=Fact.NOTHING)
