@@ -21,19 +21,34 @@ from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
 from cudagraph_backend.analysis.outputs import graph_outputs, is_prefix, with_strides
 from cudagraph_backend.analysis.source import source_spans
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, Kind, Region, SizeInput, TensorInput, TensorOutput
 from cudagraph_backend.strides import overlaps_itself
 
 
 def analyse(
-    graph: Graph, example_inputs: Sequence[Any], kind: Kind, static: Collection[int], options: Options, number: int
+    graph: Graph,
+    example_inputs: Sequence[Any],
+    kind: Kind,
+    static: Collection[int],
+    options: Options,
+    number: int,
+    names: Sequence[InputName] = (),
 ) -> Region:
-    """What the FX graph of a region says; ``static`` are the indices of inputs whose address never changes."""
+    """What the FX graph of a region says.
+
+    Args:
+        static: the indices of inputs whose address never changes.
+        names: what the user's call names the inputs of the Dynamo graph, in their order.
+
+    Raises:
+        OptionError: a number to fill an input's padded rows with does not fit its dtype.
+    """
     devices = devices_of(graph)
     refusal = capture_refusal(graph, example_inputs, devices)
     sizes = size_inputs(example_inputs)
-    inputs = tensor_inputs(graph, example_inputs, static)
+    inputs = tensor_inputs(graph, example_inputs, static, names, options.fill)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
     return Region(
         number=number,

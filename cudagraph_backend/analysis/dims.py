@@ -32,11 +32,11 @@ def dynamic_dims(
 def _dim(
     graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
 ) -> DynamicDim:
-    verdict = _linked_verdict(graph, symbols, options)
+    verdict = _linked_verdict(graph, symbols, inputs, options)
     refusal = (
         verdict.refusal
         or _refused_number(verdict.symbols, inputs)
-        or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
+        or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols))), None)
     )
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
@@ -47,15 +47,18 @@ def _dim(
     )
 
 
-def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Options) -> Verdict:
+def _linked_verdict(
+    graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput], options: Options
+) -> Verdict:
     """The verdict on ``symbols``, or on them together with the dims they index by row, where that is provable."""
     if options.pad == "off":
         return Verdict(symbols, Refusal("padding is off (option pad='off')"), False, frozenset(), ())
     if options.pad == "assume":
         return Verdict(symbols, None, True, frozenset(), ())
-    alone = verdict = prove(graph, symbols, options.fill)
+    fill = {tensor.name: tensor.fill for tensor in inputs}
+    alone = verdict = prove(graph, symbols, fill)
     while verdict.refusal is not None and verdict.link - verdict.symbols:
-        verdict = prove(graph, verdict.symbols | verdict.link, options.fill)
+        verdict = prove(graph, verdict.symbols | verdict.link, fill)
     return alone if verdict.refusal is not None else verdict
 
 
@@ -65,7 +68,7 @@ def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInp
     return None if symbols <= in_sizes else Refusal("it is the size of no input's dim")
 
 
-def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], options: Options) -> Refusal | None:
+def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol]) -> Refusal | None:
     """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
     in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
     if (tensor.symbols - in_sizes) & symbols:
@@ -73,8 +76,9 @@ def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], optio
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
         if size.free_symbols & symbols and not _is_multiple(size, symbols):
             return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
-        if size.free_symbols & symbols and stride == 0 and options.fill == "zero":
-            return Refusal(f"input {tensor.name} is expanded along the dynamic dim, so its padded rows can't be zero")
+        if size.free_symbols & symbols and stride == 0 and tensor.fill != "replica":
+            reason = f"is expanded along the dynamic dim, so its padded rows can't be {tensor.fill}"
+            return Refusal(f"input {tensor.name} {reason}")
     return None
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.fill import Fill
 from cudagraph_backend.torch_internals import SYMBOLIC, is_operator, operator_name, operator_schema
 
 from . import rules
@@ -19,7 +21,7 @@ from .call import RULES, Call, RegisteredRule, depends_on_size, leaves
 from .lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, Value, meet
 from .symbolic import ROWS, Sizes, row_dim, shape_text
 
-_FILLS = {"replica": Fact.REPLICA, "zero": Fact.ZERO}
+_FILLS: Mapping[Fill, Fact] = {"replica": Fact.REPLICA, "zero": Fact.ZERO, 0: Fact.ZERO}  # other numbers say nothing
 _POINTWISE = RegisteredRule(rules.pointwise, frozenset())
 
 
@@ -43,21 +45,28 @@ class Verdict:
     outputs: tuple[Rows | None, ...]
 
 
-def prove(graph: Graph, symbols: frozenset[sympy.Symbol], fill: Literal["replica", "zero"]) -> Verdict:
+def prove(graph: Graph, symbols: frozenset[sympy.Symbol], fill: Fill | Mapping[str, Fill]) -> Verdict:
     """Tries to prove that running ``graph`` with the dim of ``symbols`` padded leaves every real row as it is.
 
-    First with padded rows that hold anything, then with padded rows that hold ``fill``.
+    First with padded rows that hold anything, then with padded rows that hold ``fill``: the same in all inputs, or by
+    the input's name in the graph (in others anything).
     """
     sizes = Sizes(symbols)
-    for holds in (Fact.NOTHING, _FILLS[fill]):
+    for holds in ({}, _holds(graph, fill)):
         walk = _Walk(sizes, holds)
         try:
             outputs = walk.run(graph)
         except RefusePadding as refused:
             refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS}
         else:
-            return Verdict(symbols, None, holds is not Fact.NOTHING, frozenset(), outputs)
+            return Verdict(symbols, None, bool(holds), frozenset(), outputs)
     return Verdict(symbols, refusal, False, link, ())
+
+
+def _holds(graph: Graph, fill: Fill | Mapping[str, Fill]) -> dict[str, Fact]:
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    fills = fill if isinstance(fill, Mapping) else dict.fromkeys(names, fill)
+    return {name: _FILLS[fills[name]] for name in names if fills.get(name) in _FILLS}
 
 
 @dataclass(slots=True)
@@ -65,7 +74,7 @@ class _Walk:
     """Finds every node's value in order; stops at the first node that mixes real and padded rows."""
 
     sizes: Sizes
-    fill: Fact
+    holds: Mapping[str, Fact]
     values: dict[Node, Results] = field(default_factory=dict)
     wrote: bool = False
     node: Node | None = None
@@ -119,7 +128,7 @@ class _Walk:
             found = row_dim(self.sizes.shape(val))
         except RefusePadding as refused:
             raise RefusePadding(f"input {node.name}: {refused.reason}") from None
-        return Rows(*found, self.fill) if found else FREE
+        return Rows(*found, self.holds.get(str(node.target), Fact.NOTHING)) if found else FREE
 
     def _item(self, node: Node) -> Results:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
