@@ -63,7 +63,7 @@ def padding_rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[_Fun
     - ``call.keep(facts)``: the result has rows, and of ``facts`` those hold of its padded rows that hold of all
       operands' (``Fact.NOTHING``, if the author is not sure);
     - ``UNCHANGED``: the result has no rows, and padded rows can't reach it;
-    - for several results a tuple of these, as ``call.each(facts)`` gives it.
+    - for several results a tuple of these, as ``call.each(facts)`` gives it, with ``UNCHANGED`` for those without rows.
 
     It raises ``RefusePadding(reason)`` for all that it can't vouch for: the dim then gets one graph per size. Which dim
     of a result has the rows is checked against its shape; that no real row depends on padded ones is the rule's word.

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from cudagraph_backend.analysis import analyse
 from cudagraph_backend.analysis.padding import prove
@@ -14,6 +16,7 @@ from cudagraph_backend.errors import OptionError
 from cudagraph_backend.fill import InputName, fill_for, key_of
 from cudagraph_backend.options import Options
 from tests.unit.padding.oracle import dynamic, refute, region
+from tests.unit.padding.test_random_programs import programs, seen, trace
 from tests.unit.test_analysis import captured
 
 # ------------------------------------------------------------------------------------------------ names
@@ -176,6 +179,29 @@ def test_each_input_holds_what_was_given_for_it():
     assert refusal(x="zero", y=-1e30).op == "aten.amax.default"
     assert refusal(x=1, y="replica").op == "aten.sum.dim_IntList"
     assert prove(found.module.graph, symbols, {x: "zero", y: "replica"}).needs_fill
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(programs, st.integers(0, 1), st.lists(st.sampled_from(["replica", "zero", "poison"]), min_size=16, max_size=16))
+def check_random_program(chosen: Any, row_dim: int, choice: list[str]):
+    found = trace(chosen, row_dim)
+    assume(found.symbols())
+    assume(found.runs())
+    assume(found.buckets(*found.symbols()))
+    fills = dict(zip(found.names, choice, strict=False))
+    numbers = {name: -100 if fill == "poison" else fill for name, fill in fills.items()}
+    verdict = found.prove(fill=numbers)
+    seen["safe" if verdict.refusal is None else "refused"] += 1
+    if verdict.refusal is None:
+        assert refute(found, verdict, fills, tolerance=1e-9) is None, found.module.print_readable(print_output=False)
+
+
+def test_no_verdict_on_inputs_that_are_filled_differently_is_refuted():
+    """In place of a number, of which a proof knows nothing, padded rows hold what does the most harm."""
+    seen.clear()
+    check_random_program()
+    assert seen["safe"] > 10, seen
+    assert seen["refused"] > 10, seen
 
 
 def test_different_fills_do_not_add_up_to_either():
