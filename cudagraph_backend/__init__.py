@@ -19,9 +19,17 @@ from __future__ import annotations
 import torch
 
 from cudagraph_backend.backend import sharedgraph
-from cudagraph_backend.errors import CaptureError, OptionError, Refusal, RefusalError, SharedGraphError
+from cudagraph_backend.errors import (
+    CaptureError,
+    OptionError,
+    PaddingRuleError,
+    Refusal,
+    RefusalError,
+    SharedGraphError,
+)
 from cudagraph_backend.options import Options
 from cudagraph_backend.output_pool import OutputPool
+from cudagraph_backend.padding import padding_rule
 from cudagraph_backend.report import AliasInfo, Stats, alias_info_of, explanation_of, stats_of
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "OptionError",
     "Options",
     "OutputPool",
+    "PaddingRuleError",
     "Refusal",
     "RefusalError",
     "SharedGraphError",
@@ -37,6 +46,7 @@ __all__ = [
     "alias_info",
     "explain",
     "output_pool",
+    "padding_rule",
     "reset",
     "sharedgraph",
     "stats",

@@ -15,6 +15,7 @@ from cudagraph_backend import torch_internals
 from cudagraph_backend.analysis import analyse, complete
 from cudagraph_backend.devices import Device, driver_refusal, make_device
 from cudagraph_backend.errors import OptionError, RefusalError
+from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options, parse_options
 from cudagraph_backend.region import Kind, Region
 from cudagraph_backend.replay import Replayer
@@ -50,7 +51,8 @@ class Backend:
         """
         if mode is not None:
             raise OptionError(f"mode: got {mode!r}; accepted is none: use options={{'inductor': {{...}}}} instead")
-        frame = _FrameCompile(self, parse_options(options))
+        names = tuple(InputName.of(source) for source in torch_internals.input_sources(gm))
+        frame = _FrameCompile(self, parse_options(options), names)
         return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(frame.options.inductor))
 
     def regions(self) -> list[Replayer]:
@@ -88,6 +90,7 @@ class _FrameCompile:
 
     backend: Backend
     options: Options
+    names: tuple[InputName, ...]
     _static_names: frozenset[str] = frozenset()
 
     def compile_region(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -99,7 +102,7 @@ class _FrameCompile:
         static = self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ())
         number = self.backend.next_number()
         driver = functools.partial(driver_refusal, self.options.driver)
-        region = analyse(gm, example_inputs, kind, static, self.options, number, driver)
+        region = analyse(gm, example_inputs, kind, static, self.options, number, driver, self.names)
         inputs = gm.graph.find_nodes(op="placeholder")
         counts = [inputs[count.index].meta["val"] for count in region.counts]
         compiled = torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)

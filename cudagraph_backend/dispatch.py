@@ -12,7 +12,8 @@ from cudagraph_backend import buckets
 from cudagraph_backend.devices import Device
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.options import Fill, Options
+from cudagraph_backend.fill import Fill
+from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, layout_at
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
 from cudagraph_backend.staging import StagedCopy, StagingBuffers, shape_at, staged_copy
@@ -215,8 +216,8 @@ class Table:
         rows = next((values[s] for s in expression.free_symbols if any(s in d.symbols for d in self._padded_dims())), 1)
         return max(length // max(rows, 1), 1)
 
-    def _fill(self, tensor: TensorInput) -> Fill | float:
+    def _fill(self, tensor: TensorInput) -> Fill:
         irrelevant = not any(d.needs_fill for d in self._padded_dims() if d.symbols & tensor.symbols)
         if self.device.driver.poison and irrelevant and tensor.dtype.is_floating_point:
             return float("nan")
-        return self._options.fill
+        return tensor.fill

@@ -13,6 +13,10 @@ class OptionError(SharedGraphError, ValueError):
     """A bad option: names the option, what was given, what is accepted and the cure."""
 
 
+class PaddingRuleError(SharedGraphError, ValueError):
+    """A padding rule that can't be registered, raises an error of its own, or answers what is no answer."""
+
+
 class RefusalError(SharedGraphError, RuntimeError):
     """With ``strict=True``: what would have been a counted refusal is raised instead."""
 

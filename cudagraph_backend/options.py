@@ -10,14 +10,14 @@ import torch
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.errors import OptionError
+from cudagraph_backend.fill import WORDS, Fill, Fills
 
 Pad = Literal["prove", "probe", "assume", "off"]
-Fill = Literal["replica", "zero"]
 OnOverwrite = Literal["preserve", "error"]
 DriverName = Literal["auto", "cuda", "host", "off"]
 Verify = Literal["off", "capture"]
 
-_CHOICES = {"pad": Pad, "fill": Fill, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify}
+_CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify}
 _NOT_YET = {("pad", "probe"), ("on_overwrite", "error"), ("verify", "capture")}
 _MAX_SIZE = 2**31 - 1
 
@@ -31,7 +31,9 @@ class Options:
             bounds (``mark_dynamic(max=…)``), or growing with the sizes that are seen.
         pad: pad a dynamic dim up to a capture size if that is proven safe (``"prove"``), always (``"assume"``: wrong
             values if a real row depends on a padded one), or never (``"off"``).
-        fill: what padded rows of inputs hold: copies of the last real row, or zeros.
+        fill: what padded rows of inputs hold: copies of the last real row (``"replica"``), ``"zero"``, a number, or by
+            input name one of these, ``{"labels": -100}``; inputs that are not named hold replicas. A name is the last
+            identifier of the way to an input (``labels`` for ``batch["labels"]``) or all of it (``batch.labels``).
         on_overwrite: an output still alive when its memory is needed is moved out (``"preserve"``).
         driver: ``"cuda"`` captures CUDA graphs, ``"host"`` runs the same machinery on the CPU, ``"auto"`` takes the
             one that fits a region's device, ``"off"`` runs the compiled regions as they are.
@@ -43,7 +45,7 @@ class Options:
 
     capture_sizes: tuple[int, ...] | Literal["auto"] = "auto"
     pad: Pad = "prove"
-    fill: Fill = "replica"
+    fill: Fills = "replica"
     on_overwrite: OnOverwrite = "preserve"
     driver: DriverName = "auto"
     strict: bool = False
@@ -100,6 +102,26 @@ def _checked_capture_sizes(value: Any) -> tuple[int, ...] | Literal["auto"]:
     return tuple(sorted(set(value)))
 
 
+def _checked_fill(value: Any) -> Fills:
+    words = ", ".join(map(repr, WORDS))
+    if not isinstance(value, Mapping):
+        return _checked_one_fill(value, value, f"{words}, a number, or a dict of input names to these")
+    accepted = f"a non-empty dict of input names to {words} or a number"
+    if not value:
+        raise _error("fill", value, accepted)
+    for name, one in value.items():
+        if not isinstance(name, str) or not name:
+            raise _error("fill", value, f"{accepted} (it holds the name {name!r})")
+        _checked_one_fill(one, value, f"{accepted} (it holds {one!r} for {name!r})")
+    return dict(value)
+
+
+def _checked_one_fill(one: Any, value: Any, accepted: str) -> Fill:
+    if isinstance(one, (int, float)) or (isinstance(one, str) and one in WORDS):
+        return one  # type: ignore[return-value]
+    raise _error("fill", value, accepted)
+
+
 def _checked_strict(value: Any) -> bool:
     if not isinstance(value, bool):
         raise _error("strict", value, "True or False")
@@ -135,6 +157,7 @@ def _error(name: str, value: Any, accepted: str) -> OptionError:
 
 _CHECKS = {
     "capture_sizes": _checked_capture_sizes,
+    "fill": _checked_fill,
     "strict": _checked_strict,
     "max_graphs": _checked_max_graphs,
     "inductor": _checked_inductor,

@@ -169,7 +169,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
         if isinstance(known, TensorOutput) and isinstance(entry, (Pooled, Returned)) and entry.view is not None:
             size = evaluate_all(known.size, values)
             stride = None if known.stride is None else evaluate_all(known.stride, values)
-            entries.append(_real_rows(entry, size, stride))
+            entries.append(_real_rows(entry, entry.view, size, stride))
         elif isinstance(entry, Number) and isinstance(known, sympy.Expr):
             entries.append(Number(evaluate(known, values)))
         else:
@@ -177,13 +177,14 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
     return _layout(entries)
 
 
-def _real_rows(entry: Pooled | Returned, size: tuple[int, ...], stride: tuple[int, ...] | None) -> Entry:
+def _real_rows(
+    entry: Pooled | Returned, bucket: StorageView, size: tuple[int, ...], stride: tuple[int, ...] | None
+) -> Entry:
     """Of an output at a bucket's sizes, the first ``size`` entries, where they are or else as a compact copy."""
-    view, bucket = entry.view, entry.view.stride
-    is_dense = size == view.size if stride is None else same_places(size, stride, bucket)
-    if isinstance(entry, Pooled) and not is_dense:
-        return Compacted(entry.range, replace(view, size=size), stride)
-    return replace(entry, view=replace(view, size=size, stride=bucket if stride is None else stride))
+    stay = size == bucket.size if stride is None else same_places(size, stride, bucket.stride)
+    if isinstance(entry, Pooled) and not stay:
+        return Compacted(entry.range, replace(bucket, size=size), stride)
+    return replace(entry, view=replace(bucket, size=size, stride=bucket.stride if stride is None else stride))
 
 
 def range_nbytes_at(region: Region, bucket: Layout, values: Values) -> tuple[int, ...]:

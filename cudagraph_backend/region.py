@@ -10,6 +10,7 @@ import sympy
 import torch
 
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.fill import Fill, InputName
 from cudagraph_backend.torch_internals import Shapes
 
 Kind = Literal["inference", "forward", "backward"]
@@ -33,7 +34,9 @@ class TensorInput:
     """A tensor argument of the region.
 
     A *static* input keeps its address (parameter, buffer, ``mark_static_address``); any other one is *staged*: copied
-    into a buffer of ours before replay. Sizes and strides are in elements, over the region's symbols.
+    into a buffer of ours before replay. Sizes and strides are in elements, over the region's symbols. ``name`` is the
+    graph's; ``given`` is the name that the user's call has for it, if it is a tensor of that call. ``fill`` is what its
+    padded rows hold.
     """
 
     index: int
@@ -43,6 +46,8 @@ class TensorInput:
     dtype: torch.dtype
     size: tuple[sympy.Expr, ...]
     stride: tuple[sympy.Expr, ...]
+    given: InputName | None = None
+    fill: Fill = "replica"
 
     @property
     def symbols(self) -> frozenset[sympy.Symbol]:

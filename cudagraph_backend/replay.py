@@ -53,7 +53,7 @@ class Replayer:
     ):
         self.region = region
         self._compiled = compiled
-        self._options = options
+        self.options = options
         self._place = place
         self._register = register
         self._find_device = device
@@ -153,7 +153,7 @@ class Replayer:
 
     def _count(self, refusal: Refusal) -> None:
         """Count a call that no graph answers. Raises ``RefusalError`` with ``strict``."""
-        if self._options.strict:
+        if self.options.strict:
             raise RefusalError(f"{self.region.name}: {refusal}")
         self._make_known()
         if refusal.reason not in self.counters.fallbacks:
@@ -164,7 +164,7 @@ class Replayer:
         """At the first call, and after a reset: find the device's driver and pool, and this region's place."""
         self._make_known()
         device = self._find_device(self.region.device)
-        self.table = Table(self.region, self._options, device, self._place, self._compiled)
+        self.table = Table(self.region, self.options, device, self._place, self._compiled)
         return self.table
 
     def _make_known(self) -> None:

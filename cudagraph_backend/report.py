@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from cudagraph_backend.backend import Backend
 from cudagraph_backend.dispatch import Bucket, Sizes
+from cudagraph_backend.fill import key_of
 from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.strides import extent
@@ -79,6 +80,7 @@ def explanation_of(backend: Backend) -> str:
     if not replayers:
         return "sharedgraph: no region is compiled"
     lines = [line for replayer in replayers for line in _explain(replayer)]
+    lines += _unmatched_fills(replayers)
     for device, state in backend.devices().items():
         lines.append(f"output pool of {device}: {state.pool.nbytes} bytes")
     return "\n".join(lines)
@@ -103,6 +105,22 @@ def _explain(replayer: Replayer) -> list[str]:
         f"  outputs: {max(sizes, default=0)} bytes pooled, {sum(sizes)} as separate buckets; "
         f"staging: {_staging_bytes(replayer)} bytes"
     )
+    return lines
+
+
+def _unmatched_fills(replayers: Sequence[Replayer]) -> list[str]:
+    """Names in the option ``fill`` that no input has. One region may well lack an input, but a name that all lack is
+    likely misspelt, or that of an argument that the model does not use.
+    """
+    lines, seen = [], []
+    for fills in (replayer.options.fill for replayer in replayers):
+        if not isinstance(fills, Mapping) or fills in seen:
+            continue
+        seen.append(fills)
+        inputs = [i for r in replayers if r.options.fill == fills for i in r.region.inputs if i.given is not None]
+        used = {key_of(fills, i.given) for i in inputs if i.given is not None}
+        known = dict.fromkeys(i.given.path for i in inputs if i.given is not None and i.role == "staged")
+        lines += [f"fill: no input is named {k!r} (inputs: {', '.join(known)})" for k in fills if k not in used]
     return lines
 
 

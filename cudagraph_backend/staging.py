@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cudagraph_backend.options import Fill
+from cudagraph_backend.fill import Fill
 from cudagraph_backend.region import TensorInput, Values, evaluate_all
 from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once
 from cudagraph_backend.torch_internals import outside_inference_mode
@@ -111,9 +111,7 @@ class StagingBuffers:
             return buffer.as_strided(*bucket)
 
 
-def staged_copy(
-    index: int, buffer: torch.Tensor, real: Shape, row_entries: Sequence[int], fill: Fill | float
-) -> StagedCopy:
+def staged_copy(index: int, buffer: torch.Tensor, real: Shape, row_entries: Sequence[int], fill: Fill) -> StagedCopy:
     """Plan the copy of an argument with size and stride ``real`` into a bucket's ``buffer``.
 
     Args:
@@ -131,7 +129,7 @@ def staged_copy(
 
 
 def _fills(
-    buffer: torch.Tensor, once: Sequence[int], row_entries: Sequence[int], fill: Fill | float
+    buffer: torch.Tensor, once: Sequence[int], row_entries: Sequence[int], fill: Fill
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | float]]:
     """Fill dim by dim; a dim that is filled counts as real for the next one. Expanded dims repeat by themselves."""
     done = list(once)

@@ -17,6 +17,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.mutation_guard import GenerationTracker
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._guards import CompileContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
@@ -93,6 +94,24 @@ def current_frame_id() -> int | None:
     """Dynamo's number for the Python frame being compiled; all recompilations of one frame share it."""
     compile_id = CompileContext.current_compile_id()
     return None if compile_id is None else compile_id.frame_id
+
+
+def input_sources(gm: torch.fx.GraphModule) -> list[str]:
+    """Per input of a Dynamo graph, where the user's frame holds it, e.g. ``L['batch']['labels']``.
+
+    Without Dynamo's record of that, the input's name in the graph.
+    """
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return [getattr(getattr(node, "_dynamo_source", None), "name", str(node.target)) for node in nodes]
+
+
+def call_input(node: torch.fx.Node) -> int | None:
+    """Which input of the Dynamo graph a region's input is, unchanged; ``None`` for all that AOTAutograd adds.
+
+    Holds for backward regions too: what the forward hands on to them as it got it.
+    """
+    described = node.meta.get("desc")
+    return described.idx if isinstance(described, PlainAOTInput) else None
 
 
 def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torch.Tensor]) -> Compiled | None:

@@ -21,6 +21,7 @@ from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
 from cudagraph_backend.analysis.outputs import graph_outputs, with_strides
 from cudagraph_backend.analysis.source import source_spans
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import CountInput, DynamicDim, Kind, Region, SizeInput, TensorInput
 from cudagraph_backend.strides import overlaps_itself
@@ -34,18 +35,24 @@ def analyse(
     options: Options,
     number: int,
     driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
+    names: Sequence[InputName] = (),
 ) -> Region:
-    """What the FX graph of a region says; ``static`` are the indices of inputs whose address never changes.
+    """What the FX graph of a region says. A dim that needs masks gets them, and the graph an input (``counts``).
 
-    ``driver_refusal`` tells why a device has no driver. A dim that needs masks gets them, and the graph one more input
-    (``Region.counts``).
+    Args:
+        static: the indices of inputs whose address never changes.
+        driver_refusal: why a device has no driver.
+        names: what the user's call names the inputs of the Dynamo graph, in their order.
+
+    Raises:
+        OptionError: a number to fill an input's padded rows with does not fit its dtype.
     """
     graph = module.graph
     devices = devices_of(graph)
     device = next(iter(devices), torch.device("cpu"))
     refusal = capture_refusal(graph, example_inputs, devices) or driver_refusal(device)
     sizes = size_inputs(example_inputs)
-    inputs = tensor_inputs(graph, example_inputs, static)
+    inputs = tensor_inputs(graph, example_inputs, static, names, options.fill)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
     refusal = refusal or _refused_symbols(inputs, sizes)
     dims, counts = dynamic_dims(module, sizes, inputs, shapes, options) if refusal is None else ((), ())

@@ -29,13 +29,13 @@ def dynamic_dims(
     symbols = [frozenset([s.size]) for s in sizes if isinstance(s.size, sympy.Symbol)]
     verdicts: list[Verdict] = []
     for dim in symbols:
-        verdicts = _with(verdicts, dim, lambda dim: _verdict(module.graph, dim, options, masked=False))
+        verdicts = _with(verdicts, dim, lambda dim: _verdict(module.graph, dim, inputs, options, masked=False))
     refused = [v.symbols for v in verdicts if v.refusal is not None]
     counts: list[CountInput] = []
     for dim in refused if options.pad == "prove" else ():
-        if _refused_layouts(dim, inputs, options) is None:
-            verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, options, counts))
-    return tuple(_dim(verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
+        if _refused_layouts(dim, inputs) is None:
+            verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
+    return tuple(_dim(verdict, inputs, shapes) for verdict in verdicts), tuple(counts)
 
 
 def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
@@ -46,32 +46,37 @@ def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], 
     return [*(other for other in verdicts if not other.symbols & verdict.symbols), verdict]
 
 
-def _dim(verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:
+def _dim(verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes) -> DynamicDim:
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
         upper=min(upper) if upper else None,
-        refusal=verdict.refusal or _refused_layouts(verdict.symbols, inputs, options),
+        refusal=verdict.refusal or _refused_layouts(verdict.symbols, inputs),
         needs_fill=verdict.needs_fill,
         masks=len(verdict.masks),
     )
 
 
-def _verdict(graph: Graph, symbols: Symbols, options: Options, *, masked: bool) -> Verdict:
+def _verdict(
+    graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, *, masked: bool
+) -> Verdict:
     """The verdict on ``symbols``, or on them together with the dims they index by row, where that is provable."""
     if options.pad == "off":
         return Verdict(symbols, Refusal("padding is off (option pad='off')"), False)
     if options.pad == "assume":
         return Verdict(symbols, None, True)
-    alone = verdict = prove(graph, symbols, options.fill, masked=masked)
+    fill = {tensor.name: tensor.fill for tensor in inputs}
+    alone = verdict = prove(graph, symbols, fill, masked=masked)
     while verdict.refusal is not None and verdict.link - verdict.symbols:
-        verdict = prove(graph, verdict.symbols | verdict.link, options.fill, masked=masked)
+        verdict = prove(graph, verdict.symbols | verdict.link, fill, masked=masked)
     return alone if verdict.refusal is not None else verdict
 
 
-def _masked(module: GraphModule, symbols: Symbols, options: Options, counts: list[CountInput]) -> Verdict:
+def _masked(
+    module: GraphModule, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, counts: list[CountInput]
+) -> Verdict:
     """The verdict on ``symbols`` with masks; if it is safe they are put into the graph."""
-    verdict = _verdict(module.graph, symbols, options, masked=True)
+    verdict = _verdict(module.graph, symbols, inputs, options, masked=True)
     if verdict.masks:
         if unknown := masks.lacking(module.graph, verdict.masks):
             return Verdict(symbols, Refusal(f"no input has the size {next(iter(unknown))}, which a mask needs"), False)
@@ -82,8 +87,8 @@ def _masked(module: GraphModule, symbols: Symbols, options: Options, counts: lis
     return verdict
 
 
-def _refused_layouts(symbols: Symbols, inputs: Sequence[TensorInput], options: Options) -> Refusal | None:
-    layouts = (refusal for i in inputs if (refusal := _refused_layout(i, symbols, options)))
+def _refused_layouts(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+    layouts = (refusal for i in inputs if (refusal := _refused_layout(i, symbols)))
     return _refused_number(symbols, inputs) or next(layouts, None)
 
 
@@ -93,7 +98,7 @@ def _refused_number(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal 
     return None if symbols <= in_sizes else Refusal("it is the size of no input's dim")
 
 
-def _refused_layout(tensor: TensorInput, symbols: Symbols, options: Options) -> Refusal | None:
+def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
     """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
     in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
     if (tensor.symbols - in_sizes) & symbols:
@@ -101,8 +106,9 @@ def _refused_layout(tensor: TensorInput, symbols: Symbols, options: Options) -> 
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
         if size.free_symbols & symbols and not _is_multiple(size, symbols):
             return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
-        if size.free_symbols & symbols and stride == 0 and options.fill == "zero":
-            return Refusal(f"input {tensor.name} is expanded along the dynamic dim, so its padded rows can't be zero")
+        if size.free_symbols & symbols and stride == 0 and tensor.fill != "replica":
+            reason = f"is expanded along the dynamic dim, so its padded rows can't be {tensor.fill}"
+            return Refusal(f"input {tensor.name} {reason}")
     return None
 
 

@@ -18,7 +18,7 @@ from cudagraph_backend.analysis import analyse, complete
 from cudagraph_backend.analysis.outputs import with_strides
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.options import Options
-from cudagraph_backend.region import DynamicDim, Region, TensorInput, TensorOutput
+from cudagraph_backend.region import Region, TensorInput, TensorOutput
 
 N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 Captured = tuple[GraphModule, Sequence[Any]]

@@ -21,6 +21,14 @@ ACCEPTED = [
     ("pad", "off", "off"),
     ("fill", "replica", "replica"),
     ("fill", "zero", "zero"),
+    ("fill", 0, 0),
+    ("fill", -100, -100),
+    ("fill", 0.5, 0.5),
+    (
+        "fill",
+        {"labels": -100, "batch.mask": "zero", "x": "replica"},
+        {"labels": -100, "batch.mask": "zero", "x": "replica"},
+    ),
     ("on_overwrite", "preserve", "preserve"),
     ("driver", "auto", "auto"),
     ("driver", "host", "host"),
@@ -45,8 +53,16 @@ REFUSED = [
     ("pad", "always", "'prove', 'probe', 'assume', 'off'"),
     ("pad", True, "'prove', 'probe', 'assume', 'off'"),
     ("pad", ["off"], "'prove', 'probe', 'assume', 'off'"),
-    ("fill", 0, "'replica', 'zero'"),
-    ("fill", None, "'replica', 'zero'"),
+    ("fill", "one", "'replica', 'zero', a number, or a dict of input names to these"),
+    ("fill", None, "'replica', 'zero', a number"),
+    ("fill", 1j, "'replica', 'zero', a number"),
+    ("fill", [0], "'replica', 'zero', a number"),
+    ("fill", {}, "a non-empty dict of input names to 'replica', 'zero' or a number"),
+    ("fill", {0: 1}, "it holds the name 0"),
+    ("fill", {"": 1}, "it holds the name ''"),
+    ("fill", {"x": 1, "labels": None}, "it holds None for 'labels'"),
+    ("fill", {"labels": "-100"}, "it holds '-100' for 'labels'"),
+    ("fill", {"batch": {"labels": -100}}, "for 'batch'"),
     ("on_overwrite", "copy", "'preserve', 'error'"),
     ("driver", "gpu", "'auto', 'cuda', 'host', 'off'"),
     ("strict", 1, "True or False"),
@@ -141,9 +157,11 @@ def test_options_can_not_be_changed():
 
 
 def test_a_later_change_of_the_users_dict_changes_nothing():
-    sizes, inductor = [4, 8], {"max_autotune": True}
-    options = parse_options({"capture_sizes": sizes, "inductor": inductor})
+    sizes, inductor, fill = [4, 8], {"max_autotune": True}, {"labels": -100}
+    options = parse_options({"capture_sizes": sizes, "inductor": inductor, "fill": fill})
     sizes.append(16)
     inductor["max_autotune"] = False
+    fill["labels"] = 0
     assert options.capture_sizes == (4, 8)
     assert options.inductor == {"max_autotune": True}
+    assert options.fill == {"labels": -100}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.region import evaluate
@@ -289,3 +290,58 @@ def test_inductors_settings_are_checked_by_inductor():
     assert "max_autotune" in torch_internals.inductor_option_names()
     with pytest.raises(RuntimeError, match="Unexpected optimization option"):
         torch_internals.checked_inductor_options({"no_such_setting": 1})
+
+
+# ------------------------------------------------------------------------------------------------ names of inputs
+
+
+def test_inputs_of_a_dynamo_graph_know_where_the_frame_holds_them():
+    found: list[list[str]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        found.append(torch_internals.input_sources(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    x, y = torch.randn(3), torch.randn(3)
+    torch.compile(lambda batch, **kwargs: batch["x"] + kwargs["y"], backend=backend)({"x": x}, y=y)
+    assert found == [["L['batch']['x']", "L['kwargs']['y']"]]
+
+
+def test_inputs_of_any_other_graph_have_its_names():
+    gm = torch.fx.symbolic_trace(lambda x, y: x + y)
+    assert torch_internals.input_sources(gm) == ["x", "y"]
+
+
+def test_regions_know_which_inputs_are_those_of_the_call():
+    seen: dict[str, list[int | None]] = {}
+
+    def keep(kind: str) -> Callable[..., Any]:
+        def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+            seen[kind] = [torch_internals.call_input(node) for node in gm.graph.find_nodes(op="placeholder")]
+            return gm.forward
+
+        return compiler
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
+    x, y = torch.randn(3, requires_grad=True), torch.randn(3)
+    torch.compile(lambda x, y: (x * y).sin(), backend=backend)(x, y).sum().backward()
+    assert seen["forward"] == [0, 1]
+    assert seen["backward"][-1] is None  # the tangent
+    assert set(seen["backward"]) <= {0, 1, None}
+    assert 1 in seen["backward"]
+
+
+def test_the_base_of_views_is_no_input_of_the_call():
+    seen: list[int | None] = []
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        seen.extend(torch_internals.call_input(node) for node in gm.graph.find_nodes(op="placeholder"))
+        return gm.forward
+
+    torch._dynamo.reset()
+    base = torch.zeros(4)
+    with torch.no_grad():
+        torch.compile(lambda x, y: (x.add_(1), y * 2), backend=aot_autograd(fw_compiler=compiler))(base[:3], base[1:])
+    assert seen == [None]

@@ -120,6 +120,11 @@ class Operand:
         """The row dim counted from the end, as broadcasting aligns dims: ``-1`` is the last."""
         return None if self.rows is None else self.rows.dim - len(self.shape)
 
+    @property
+    def together(self) -> bool:
+        """Whether all real rows come before all padded rows, if there are any."""
+        return self.rows is None or self.rows.together
+
     def check_place(self, place: int) -> None:
         """Refuses unless rows are at ``place``, or the value, free of rows, is broadcast there.
 

@@ -1,7 +1,7 @@
 """Masks: operators put into a graph so that padded rows hold what a rule needs of them.
 
-A sum over rows is exact if the padded ones are zero, a maximum if they are minus infinity, a look-up if they are a valid
-index. Where nothing shows that they are, the operand is replaced by ``where(row < n, operand, filling)``. ``n``, the
+A sum over rows is exact if the padded ones are zero, a maximum if they are minus infinity, a look-up if they are valid
+indices. Where nothing shows that they are, the operand is replaced by ``where(row < n, operand, filling)``. ``n``, the
 number of real rows, is an input of the graph (a tensor, as a captured graph can't take a number). Inductor fuses the
 mask with what makes or reads the operand. At the exact size a mask changes nothing.
 """
@@ -36,8 +36,9 @@ def lacking(graph: Graph, masks: Sequence[Mask]) -> frozenset[sympy.Symbol]:
     """Symbols that the masks need and no input of the graph has as a size."""
     symbols: frozenset[sympy.Symbol] = frozenset()
     for mask in masks:
-        rows = in_order(mask.rows)
-        symbols = symbols.union(rows.per.free_symbols, rows.blocks.free_symbols, rows.extra.free_symbols)
+        rows = mask.rows
+        sizes = (rows.per, rows.extra, sympy.S.One if rows.blocks is None else rows.blocks)
+        symbols = symbols.union(*(size.free_symbols for size in sizes))
     return symbols - _symbols(graph).keys()
 
 

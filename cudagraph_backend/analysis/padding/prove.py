@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.fill import Fill
 from cudagraph_backend.torch_internals import SYMBOLIC, is_operator, operator_name, operator_schema
 
 from . import rules
@@ -20,7 +22,7 @@ from .lattice import Axes, Fact, Operand, RefusePadding, Results, Rows
 from .lines import along, lines_of, together
 from .symbolic import ROWS, Sizes, row_dims, shape_text
 
-_FILLS = {"replica": Fact.REPLICA, "zero": Fact.ZERO}
+_FILLS: Mapping[Fill, Fact] = {"replica": Fact.REPLICA, "zero": Fact.ZERO, 0: Fact.ZERO}  # other numbers say nothing
 _POINTWISE = RegisteredRule(rules.pointwise)
 
 #: What is known of a node: rows by dim, or for several results a list of these.
@@ -50,17 +52,18 @@ class Verdict:
 
 
 def prove(
-    graph: Graph, symbols: frozenset[sympy.Symbol], fill: Literal["replica", "zero"], *, masked: bool = False
+    graph: Graph, symbols: frozenset[sympy.Symbol], fill: Fill | Mapping[str, Fill], *, masked: bool = False
 ) -> Verdict:
     """Tries to prove that running ``graph`` with the dim of ``symbols`` padded leaves every real row as it is.
 
-    First with padded rows that hold anything, then with padded rows that hold ``fill``, then, if ``masked``, with masks
-    in the graph where that is not enough.
+    First with padded rows that hold anything, then with padded rows that hold ``fill`` (the same in all inputs, or by
+    the input's name in the graph; in others anything), then, if ``masked``, with masks in the graph where that is not
+    enough.
     """
-    sizes = Sizes(symbols)
-    attempts: list[tuple[Fact, list[Mask] | None]] = [(Fact.NOTHING, None), (_FILLS[fill], None)]
+    sizes, filled = Sizes(symbols), _holds(graph, fill)
+    attempts: list[tuple[Mapping[str, Fact], list[Mask] | None]] = [({}, None), (filled, None)]
     if masked:
-        attempts.append((_FILLS[fill], []))
+        attempts.append((filled, []))
     for holds, masks in attempts:
         walk = _Walk(sizes, holds, masks)
         try:
@@ -68,8 +71,14 @@ def prove(
         except RefusePadding as refused:
             refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS}
         else:
-            return Verdict(symbols, None, holds is not Fact.NOTHING, masks=tuple(masks or ()), outputs=outputs)
+            return Verdict(symbols, None, bool(holds), masks=tuple(masks or ()), outputs=outputs)
     return Verdict(symbols, refusal, False, link)
+
+
+def _holds(graph: Graph, fill: Fill | Mapping[str, Fill]) -> dict[str, Fact]:
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    fills = fill if isinstance(fill, Mapping) else dict.fromkeys(names, fill)
+    return {name: _FILLS[fills[name]] for name in names if fills.get(name) in _FILLS}
 
 
 @dataclass(slots=True)
@@ -77,7 +86,7 @@ class _Walk:
     """Finds every node's rows in order; stops at the first node that mixes real and padded rows."""
 
     sizes: Sizes
-    fill: Fact
+    holds: Mapping[str, Fact]
     masks: list[Mask] | None = None
     values: dict[Node, Found] = field(default_factory=dict)
     wrote: bool = False
@@ -134,7 +143,8 @@ class _Walk:
             found = row_dims(self.sizes.shape(val))
         except RefusePadding as refused:
             raise RefusePadding(f"input {node.name}: {refused.reason}") from None
-        return tuple(Rows(dim, per, self.fill, extra=extra) for dim, per, extra in found)
+        holds = self.holds.get(str(node.target), Fact.NOTHING)
+        return tuple(Rows(dim, per, holds, extra=extra) for dim, per, extra in found)
 
     def _item(self, node: Node) -> Found:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
@@ -183,9 +193,9 @@ class _Walk:
         ]
         if makes_rows:
             claimed = {rows.dim for rows in results if isinstance(rows, Rows)}
-            made = [one.dim for one in row_dims(self._shape(node)) if one.dim not in claimed] or (
-                [] if results else [None]
-            )
+            made: list[int | None] = [one.dim for one in row_dims(self._shape(node)) if one.dim not in claimed]
+            if not made and not results:
+                made = [None]
             hidden = along(arguments, {})
             results += [rule.apply(replace(call, arguments=hidden, made=dim)) for dim in made]
         if len(self.masks or ()) > before:  # what was known of padded rows is no longer so

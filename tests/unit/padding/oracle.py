@@ -6,7 +6,7 @@ every real row must be the same. ``refutation`` does just that; it knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -71,10 +71,13 @@ class Region:
                     return _guards_hold(size.node.shape_env, sizes)
         return True
 
-    def prove(
-        self, *symbols: sympy.Symbol, fill: Literal["replica", "zero"] = "replica", masked: bool = False
-    ) -> Verdict:
-        """The verdict on padding ``symbols`` together, by default all there are."""
+    @property
+    def names(self) -> list[str]:
+        """The graph's name of each argument."""
+        return [str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    def prove(self, *symbols: sympy.Symbol, fill: Any = "replica", masked: bool = False) -> Verdict:
+        """The verdict on padding ``symbols`` together, by default all there are. ``fill`` may be one per name."""
         return prove(self.module.graph, frozenset(symbols or self.symbols()), fill, masked=masked)
 
     def with_masks(self, verdict: Verdict) -> Region:
@@ -151,14 +154,18 @@ def _recorder(module: GraphModule, found: list[Region]) -> Callable[[list[Any]],
     return run
 
 
-def refutation(region: Region, verdict: Verdict, bucket: int, fill: Fill, tolerance: float = 1e-5) -> str | None:
+def refutation(
+    region: Region, verdict: Verdict, bucket: int, fill: Fill | Mapping[str, Fill], tolerance: float = 1e-5
+) -> str | None:
     """What at size ``bucket`` is not as a safe ``verdict`` promises; None if all is well."""
     exact = region.sizes()
     padded = exact | dict.fromkeys(verdict.symbols, bucket)
     before = _run(region.module, [_clone(arg) for arg in region.args])
     region = region.with_masks(verdict)
     rows = bucket - exact[next(iter(verdict.symbols))]
-    inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg in zip(region.metas, region.args, strict=True)]
+    fills = [fill.get(name) if isinstance(fill, Mapping) else fill for name in region.names]
+    given = zip(region.metas, region.args, fills, strict=True)
+    inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg, fill in given]
     after = _run(region.module, inputs)
     metas = [*_outputs_of(region.module), *region.metas]
     for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=False)):  # no mask's argument
@@ -173,10 +180,10 @@ def refutation(region: Region, verdict: Verdict, bucket: int, fill: Fill, tolera
     return None
 
 
-def refute(region: Region, verdict: Verdict, fill: Literal["replica", "zero"] = "replica", **kwargs: Any) -> str | None:
+def refute(region: Region, verdict: Verdict, fill: Any = "replica", **kwargs: Any) -> str | None:
     """The first refutation at a few buckets, and if nothing was assumed of the padded rows, with hostile fills."""
     buckets = region.buckets(*verdict.symbols)
-    fills: list[Fill] = [fill] if verdict.needs_fill else [fill, "poison", "extreme"]
+    fills: list[Any] = [fill] if verdict.needs_fill else [fill, "poison", "extreme"]
     assert buckets, "no bucket is admitted by the guards"
     found = (refutation(region, verdict, bucket, f, **kwargs) for bucket in buckets[:2] for f in fills)
     return next((problem for problem in found if problem), None)

@@ -6,7 +6,6 @@ from ..call import Call, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, meet
 from ..symbolic import HIDDEN, ROWS
 
-
 _SEQUENCE = -2
 _LETTERS = {"query": "bhle", "key": "bhse", "value": "bhse", "attn_mask": "bhls", "attn_bias": "bhls"}
 

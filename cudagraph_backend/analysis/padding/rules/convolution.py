@@ -10,16 +10,16 @@ from ..lattice import FREE, Fact, RefusePadding, Results, in_order
 def convolution(call: Call) -> Results:
     """Rows along the batch; or along another dim, step by step, if the padded ones are zero, as a convolution pads."""
     image = call.only("input")
-    if len(image.shape) != len(call["weight"].shape) or image.row_dim == 1:
+    if len(image.shape) != len(call["weight"].shape) or image.row_dim in (None, 1):
         raise RefusePadding("convolves over the padded rows")
     if image.row_dim == 0:
         return call.keep(Fact.REPLICA, dim=0)
-    steps = call["stride"]
-    if call["transposed"] or not image.rows.together or (steps * 3)[image.row_dim - 2] != 1:
+    steps, dim = call["stride"], image.dim(image.row_dim or 0)
+    if call["transposed"] or not image.together or (steps * 3)[dim - 2] != 1:
         raise RefusePadding("convolves over the padded rows")
     if not image.holds(Fact.ZERO):
         call.fill(image, 0, "convolves over the padded rows")
-    return in_order(call.keep(Fact.NOTHING, dim=image.row_dim))
+    return in_order(call.keep(Fact.NOTHING, dim=dim))
 
 
 @rule("aten::convolution_backward")

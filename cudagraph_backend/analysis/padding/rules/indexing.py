@@ -156,12 +156,13 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
         return call.keep(facts, *deciding, *filter(None, [source]))
     # Padded rows write too. That changes nothing if they write what the last real row writes, or add zero.
     otherwise = "padded rows write into a tensor free of rows"
-    if accumulate and (source is None or source.rows is FREE):
-        raise RefusePadding(otherwise)
-    if accumulate and not source.holds(Fact.ZERO):
-        call.fill(source, 0, otherwise)
-    elif not accumulate and not common(*deciding, source) & Fact.REPLICA:
-        for one in filter(None, (*deciding, source)):
+    if accumulate:
+        if source is None or source.rows is FREE:
+            raise RefusePadding(otherwise)
+        if not source.holds(Fact.ZERO):
+            call.fill(source, 0, otherwise)
+    elif not common(*deciding, source) & Fact.REPLICA:
+        for one in (*deciding, *([source] if source else [])):
             call.fill(one, "last", otherwise)
     return FREE
 
@@ -185,7 +186,7 @@ def _is_own(index: Operand, operand: Operand) -> None:
     """Rows may be picked by number only if each row picks itself."""
     picked, own = operand.rows, index.rows
     is_own = own and own.together and own.holds & Fact.OWN_INDEX
-    if not (is_own and picked and picked.together and picked.per == 1 and picked.extra == own.extra):
+    if not (own and is_own and picked and picked.together and picked.per == 1 and picked.extra == own.extra):
         raise RefusePadding("picks rows by numbers", _symbols(index.shape))
 
 

@@ -75,7 +75,7 @@ def reduce(call: Call) -> Results:
     if not over_rows(call):
         return call.keep(Fact.REPLICA | (Fact.ZERO if name in _ZERO_FROM_ZEROS else Fact.NOTHING))
     if not operand.holds(_EXACT_OVER_ROWS.get(name, Fact.NOTHING)):
-        if name not in _NEUTRAL or (name in _PLACES and not operand.rows.together):
+        if name not in _NEUTRAL or (name in _PLACES and not operand.together):
             raise RefusePadding("reduces over the padded rows")
         call.fill(operand, _NEUTRAL[name], "reduces over the padded rows")
     return FREE
@@ -87,7 +87,7 @@ def extreme(call: Call) -> Results:
     operand = call.only("self")
     if not over_rows(call):
         return call.each(Fact.REPLICA)
-    if not operand.rows.together:
+    if not operand.together:
         raise RefusePadding("reduces over the padded rows")
     call.fill(operand, _NEUTRAL[call.operator], "reduces over the padded rows")
     return FREE

@@ -33,6 +33,7 @@ def same_entries(call: Call) -> Results:
 def permute(call: Call) -> Results:
     """Dims change places."""
     operand = call.only("self")
+    assert operand.row_dim is not None
     order = list(range(len(operand.shape)))
     if call.operator == "aten::permute":
         order = [operand.dim(dim) for dim in call["dims"]]
@@ -80,7 +81,7 @@ def expand(call: Call) -> Results:
     operand = call.only("self")
     if operand.rows is FREE:
         return replace(call.keep(Fact.REPLICA), blocks=None)
-    return call.keep(Fact.ALL, dim=len(call.node.meta["val"].shape) + operand.place)
+    return call.keep(Fact.ALL, dim=operand.rows.dim + len(call.node.meta["val"].shape) - len(operand.shape))
 
 
 @rule("aten::repeat", sizes=("repeats",))
