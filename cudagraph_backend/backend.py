@@ -102,7 +102,7 @@ class _FrameCompile:
         static = self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ())
         number = self.backend.next_number()
         driver = functools.partial(driver_refusal, self.options.driver)
-        region = analyse(gm, example_inputs, kind, static, self.options, number, driver, self.names)
+        region = analyse(gm, example_inputs, kind, static, self.options, number, self.names, driver)
         inputs = gm.graph.find_nodes(op="placeholder")
         counts = [inputs[count.index].meta["val"] for count in region.counts]
         compiled = torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)

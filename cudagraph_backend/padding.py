@@ -35,7 +35,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from cudagraph_backend.analysis.padding.call import RULES, Call, rule
+from cudagraph_backend.analysis.padding.call import RULES, Call, one_line, rule
 from cudagraph_backend.analysis.padding.lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, meet
 from cudagraph_backend.errors import PaddingRuleError
 
@@ -88,7 +88,7 @@ def padding_rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[_Fun
         if not callable(function):
             raise PaddingRuleError(f"padding_rule: got {function!r}; accepted is a function of a Call")
         for name in names:
-            rule(name, sizes=tuple(sizes))(_UsersRule(name, function))
+            rule(name, sizes=tuple(sizes), line=one_line)(_UsersRule(name, function))
         return function
 
     return register

@@ -34,15 +34,15 @@ def analyse(
     static: Collection[int],
     options: Options,
     number: int,
-    driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
     names: Sequence[InputName] = (),
+    driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
 ) -> Region:
     """What the FX graph of a region says. A dim that needs masks gets them, and the graph an input (``counts``).
 
     Args:
         static: the indices of inputs whose address never changes.
-        driver_refusal: why a device has no driver.
         names: what the user's call names the inputs of the Dynamo graph, in their order.
+        driver_refusal: why a device has no driver.
 
     Raises:
         OptionError: a number to fill an input's padded rows with does not fit its dtype.

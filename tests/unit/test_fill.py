@@ -137,9 +137,9 @@ def test_names_reach_the_inputs_of_a_region():
     gm, example_inputs = captured(lambda x, labels: x + labels[:, None], torch.randn(5, 3), torch.zeros(5).long())
     sources = ["L['labels'].size()[0]", "L['labels']", "L['x'].size()[1]", "L['x']"]  # as they are first used
     options = Options(fill={"labels": -100})
-    region = analyse(gm.graph, example_inputs, "inference", (), options, 0, [InputName.of(s) for s in sources])
+    region = analyse(gm, example_inputs, "inference", (), options, 0, [InputName.of(s) for s in sources])
     assert [(i.given.path, i.fill) for i in region.inputs] == [("labels", -100), ("x", "replica")]
-    unnamed = analyse(gm.graph, example_inputs, "inference", (), options, 0)
+    unnamed = analyse(gm, example_inputs, "inference", (), options, 0)
     assert [(i.given, i.fill) for i in unnamed.inputs] == [(None, "replica")] * 2
 
 
@@ -149,7 +149,7 @@ def test_expanded_rows_can_not_hold_a_number(fill: float):
     names = [InputName("x", "x")] * len(example_inputs)
 
     def refusals(**fills: float) -> str:
-        dims = analyse(gm.graph, example_inputs, "inference", (), Options(fill=fills), 0, names).dims
+        dims = analyse(gm, example_inputs, "inference", (), Options(fill=fills), 0, names).dims
         return " ".join(str(dim.refusal) for dim in dims)
 
     assert f"expanded along the dynamic dim, so its padded rows can't be {fill or 'zero'}" in refusals(x=fill)

@@ -169,8 +169,9 @@ def by_place(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
 
 
 def one_line(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
-    """All rows of the operands meet."""
-    return 0
+    """The rows of several operands all meet; those of one operand along several dims don't."""
+    others = any(leaf is not operand and leaf.axes for leaf in call.operands)
+    return 0 if others else by_place(call, name, operand, rows)
 
 
 @dataclass(frozen=True, slots=True)

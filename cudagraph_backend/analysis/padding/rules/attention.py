@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..call import Call, rule
+from ..call import Call, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, meet
 from ..symbolic import HIDDEN, ROWS
 
@@ -69,6 +69,7 @@ def _as_many(query: Operand, key: Operand) -> bool:
     "aten::_scaled_dot_product_flash_attention_backward",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     "aten::_scaled_dot_product_fused_attention_overrideable_backward",
+    line=one_line,
 )
 def attention_backward(call: Call) -> Results:
     """Rows along the batch; a bias that all rows share would get a sum over them."""
