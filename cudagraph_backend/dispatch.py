@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from cudagraph_backend import buckets
 from cudagraph_backend.devices import Device
 from cudagraph_backend.drivers import Graph
-from cudagraph_backend.errors import Refusal
+from cudagraph_backend.errors import Refusal, is_out_of_memory
 from cudagraph_backend.options import Fill, Options
 from cudagraph_backend.outputs import Layout, layout_at
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
@@ -24,6 +22,7 @@ Sizes = tuple[int, ...]
 
 _TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _STATIC_INPUTS_MOVE = Refusal("static inputs keep moving to new addresses")
+_NO_MEMORY = Refusal("no memory for the staging buffers")
 _ADDRESSES_PER_BUCKET = 64  # a loop over layers calls one region with as many sets of parameters
 _UNUSED_CAPTURES = 8
 
@@ -47,18 +46,25 @@ class Bucket:
 
 @dataclass(slots=True)
 class Plan:
-    """All that is decided for one combination of real sizes."""
+    """All that is decided for one combination of real sizes.
+
+    ``to_probe`` are the padded dims that the probe must look at before the plan may answer a call.
+    """
 
     sizes: Sizes
     bucket: Bucket
     copies: tuple[StagedCopy, ...]
     rows_real: int
     rows_padded: int
+    to_probe: tuple[DynamicDim, ...] = ()
     layout: Layout | None = None
 
 
 class Table:
-    """The plans, buckets, staging buffers and place of one region."""
+    """The plans, buckets, staging buffers and place of one region.
+
+    ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed.
+    """
 
     def __init__(self, region: Region, options: Options, device: Device, place: Hashable, compiled: Compiled):
         self.region = region
@@ -66,6 +72,8 @@ class Table:
         self.place = device.place(place)
         self.run = device.driver.prepare(compiled)
         self.staging = StagingBuffers(region.device)
+        self.dims = region.dims
+        self.probed: dict[str, set[int]] = {}
         self.buckets: dict[Sizes, Bucket] = {}
         self._plans: dict[Sizes, Plan | Refusal] = {}
         self._options = options
@@ -76,17 +84,36 @@ class Table:
         """The plan for a call's sizes, or why such calls run the compiled region."""
         plan = self._plans.get(sizes)
         if plan is None:
-            try:
-                plan = self._plans[sizes] = self._new_plan(sizes)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; not remembered, as memory may come back
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                return Refusal("no memory for the staging buffers")
+            plan = self.plan_without((), sizes)
+            if plan is not _NO_MEMORY:  # not remembered, as memory may come back
+                self._plans[sizes] = plan
         return plan
+
+    def plan_without(self, dims: Collection[DynamicDim], sizes: Sizes) -> Plan | Refusal:
+        """A new plan for a call's sizes, with ``dims`` at their exact sizes."""
+        try:
+            return self._new_plan(sizes, without=dims)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return _NO_MEMORY
 
     def refuse(self, sizes: Sizes, refusal: Refusal) -> None:
         """From now on calls of these sizes run the compiled region."""
         self._plans[sizes] = refusal
+
+    def pass_probe(self, plan: Plan) -> None:
+        """From now on the plan answers calls."""
+        values = self.region.values(plan.bucket.sizes)
+        for dim in plan.to_probe:
+            self.probed.setdefault(dim.name, set()).add(values[next(iter(dim.symbols))])
+        plan.to_probe = ()
+
+    def refuse_dims(self, dims: Collection[DynamicDim], refusal: Refusal) -> None:
+        """From now on ``dims`` are not padded; nothing that was planned or captured with them is used again."""
+        self.dims = tuple(replace(dim, refusal=refusal) if dim in dims else dim for dim in self.dims)
+        self._plans.clear()
+        self.buckets.clear()
 
     def graph(self, plan: Plan, args: list[Any], ranges: Ranges) -> Graph | Refusal | None:
         """The graph to replay for a call; ``None`` if it must be captured first; or why it can't be."""
@@ -127,17 +154,17 @@ class Table:
         be as many as there are sizes.
         """
         largest = dict(values)
-        for dim in self.region.dims if exact_dims else self._padded_dims():
+        for dim in self.dims if exact_dims else self._padded_dims():
             sizes = self._options.capture_sizes if dim.refusal is None else "auto"
             size = buckets.largest(sizes, dim.upper, max(values[s] for s in dim.symbols))
             largest.update(dict.fromkeys(dim.symbols, size))
         return largest
 
     def _padded_dims(self) -> list[DynamicDim]:
-        return [dim for dim in self.region.dims if dim.refusal is None]
+        return [dim for dim in self.dims if dim.refusal is None]
 
-    def _new_plan(self, sizes: Sizes) -> Plan | Refusal:
-        chosen = self._bucket_sizes(sizes)
+    def _new_plan(self, sizes: Sizes, without: Collection[DynamicDim] = ()) -> Plan | Refusal:
+        chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in without])
         if isinstance(chosen, Refusal):
             return chosen
         if any(t.mutated and overlaps_itself(*shape_at(t, self.region.values(sizes))) for t in self.staged):
@@ -154,12 +181,18 @@ class Table:
             copies=tuple(self._staged_copy(tensor, bucket, values) for tensor in self.staged),
             rows_real=sum(values[s] for s in rows),
             rows_padded=sum(padded[s] - values[s] for s in rows),
+            to_probe=tuple(self._dims_to_probe(values, padded)),
         )
 
-    def _bucket_sizes(self, sizes: Sizes) -> Sizes | Refusal:
-        """The capture sizes that serve ``sizes``: padded where a dim may be, exact elsewhere."""
+    def _dims_to_probe(self, values: Values, padded: Values) -> list[DynamicDim]:
+        verifies = self._options.verify == "capture"
+        dims = [d for d in self._padded_dims() if verifies or d.to_probe is not None]
+        return [d for d in dims if any(values[s] != padded[s] for s in d.symbols)]
+
+    def _bucket_sizes(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
+        """The capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
         values = dict(self.region.values(sizes))
-        for dim in self._padded_dims():
+        for dim in dims:
             found = {values[s] for s in dim.symbols}
             # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
             if len(found) > 1 or self._overlaps(dim, values):
@@ -171,7 +204,25 @@ class Table:
             if size is None:
                 return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
             values.update(dict.fromkeys(dim.symbols, size))
-        return tuple(evaluate(s.size, values) for s in self.region.sizes)
+        kept = self._kept_equal(self.region.values(sizes), values, dims)
+        return tuple(evaluate(s.size, kept) for s in self.region.sizes)
+
+    def _kept_equal(self, real: Values, padded: Values, dims: Sequence[DynamicDim]) -> Values:
+        """``padded``, with dims that have no proof padded only where sizes that are equal in the call stay equal.
+
+        Such sizes may belong together, though neither a guard nor a proof says so: an index made of one may run out of
+        the range of the other, which on a GPU is the end of the process's CUDA context.
+        """
+        apart = [
+            s
+            for dim in dims
+            for s in dim.symbols
+            if dim.to_probe is not None and len({padded[t] for t in real if real[t] == real[s]}) > 1
+        ]
+        if not apart:
+            return padded
+        kept = {**padded, **{s: real[s] for s in apart}}
+        return kept if self.region.shapes.admits([evaluate(s.size, kept) for s in self.region.sizes]) else real
 
     def _admits(self, dim: DynamicDim, values: Values) -> Callable[[int], bool]:
         def admits(size: int) -> bool:

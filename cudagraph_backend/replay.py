@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend import capture
+from cudagraph_backend import capture, probe
 from cudagraph_backend.devices import Device
 from cudagraph_backend.dispatch import Plan, Table
 from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
 from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, make_outputs
-from cudagraph_backend.region import Region
+from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import shares_memory, stage, write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
 from cudagraph_backend.tree import Ranges
@@ -87,6 +87,10 @@ class Replayer:
             return plan
         if self._writes and shares_memory(self.region.inputs, args):
             return _SHARED_MEMORY
+        if plan.to_probe:
+            plan = self._probed(table, plan, args)
+            if isinstance(plan, Refusal):
+                return plan
         ranges = table.place.free_ranges(len(plan.layout.range_nbytes) if plan.layout else None)
         if ranges is None:
             return _LIVE_OUTPUTS
@@ -115,6 +119,34 @@ class Replayer:
         return outputs
 
     # ---- the first call of a bucket
+
+    def _probed(self, table: Table, plan: Plan | Refusal, args: list[Any]) -> Plan | Refusal:
+        """The plan that answers the call: without those dims whose padded rows the probe sees in real ones."""
+        while isinstance(plan, Plan) and plan.to_probe:
+            found = probe.probe(table, plan, args)
+            if found is None:
+                table.pass_probe(plan)
+            elif isinstance(found, Refusal):
+                self._refuse_dims(table, probe.suspects(plan), found)
+                plan = table.plan(plan.sizes) if self._refusal is None else self._refusal
+            else:
+                log.info("%s is not probed at this call: %s", self.region.name, found.reason)
+                unproven = [dim for dim in plan.to_probe if dim.to_probe is not None]
+                if not unproven:
+                    break
+                plan = table.plan_without(unproven, plan.sizes)
+        return plan
+
+    def _refuse_dims(self, table: Table, dims: Sequence[DynamicDim], refusal: Refusal) -> None:
+        names = ", ".join(dim.name for dim in dims)
+        if self._options.pad != "assume" and all(dim.to_probe is None for dim in dims):
+            text = "%s: dim %s was proven to be safe to pad and is not; please report this: %s"
+            log.error(text, self.region.name, names, refusal)
+        else:
+            log.warning("%s: dim %s is not padded: %s", self.region.name, names, refusal)
+        table.refuse_dims(dims, refusal)
+        if self._options.strict:
+            self._refusal = refusal
 
     def _capture(self, table: Table, plan: Plan, args: list[Any], ranges: Ranges) -> list[Any] | Refusal:
         inputs = capture.bucket_inputs(plan, args)

@@ -8,6 +8,7 @@ import sympy
 from torch.fx import Graph
 
 from cudagraph_backend.analysis.padding import Verdict, prove
+from cudagraph_backend.analysis.probing import probe_refusal
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, SizeInput, TensorInput
@@ -33,8 +34,11 @@ def _dim(
     graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
 ) -> DynamicDim:
     verdict = _linked_verdict(graph, symbols, options)
+    to_probe, unproven = None, verdict.refusal
+    if options.pad == "probe" and unproven is not None:
+        to_probe, unproven = unproven, probe_refusal(graph, unproven)
     refusal = (
-        verdict.refusal
+        unproven
         or _refused_number(verdict.symbols, inputs)
         or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
     )
@@ -44,6 +48,7 @@ def _dim(
         upper=min(upper) if upper else None,
         refusal=refusal,
         needs_fill=verdict.needs_fill,
+        to_probe=to_probe if refusal is None else None,
     )
 
 
