@@ -110,7 +110,7 @@ def _refusal(region: Region, plan: Plan, index: int | None, reason: str) -> Refu
         source = known.source if isinstance(known, TensorOutput) and known.source else source
     else:
         name = f"input {[i.name for i in region.inputs if i.mutated][index - len(region.outputs)]}, written in place,"
-    return Refusal(f"probe with {sizes} rows: a real row of {name} {reason}", source=source)
+    return Refusal(f"probe with {sizes} rows: {name} {reason}", source=source)
 
 
 # ---- runs

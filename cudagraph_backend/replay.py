@@ -127,7 +127,7 @@ class Replayer:
             if found is None:
                 table.pass_probe(plan)
             elif isinstance(found, Refusal):
-                self._refuse_dims(table, probe.suspects(plan), found)
+                self._refuse_dims(table, self._blamed(table, plan, args), found)
                 plan = table.plan(plan.sizes) if self._refusal is None else self._refusal
             else:
                 log.info("%s is not probed at this call: %s", self.region.name, found.reason)
@@ -136,6 +136,16 @@ class Replayer:
                     break
                 plan = table.plan_without(unproven, plan.sizes)
         return plan
+
+    def _blamed(self, table: Table, plan: Plan, args: list[Any]) -> Sequence[DynamicDim]:
+        """Of several dims that failed the probe together, those that fail it alone; all of them if none does."""
+        dims = probe.suspects(plan)
+        if len(dims) == 1:
+            return dims
+        alone = [table.plan_without([other for other in dims if other is not dim], plan.sizes) for dim in dims]
+        tested = zip(dims, alone, strict=True)
+        failed = [d for d, p in tested if isinstance(p, Plan) and isinstance(probe.probe(table, p, args), Refusal)]
+        return failed or dims
 
     def _refuse_dims(self, table: Table, dims: Sequence[DynamicDim], refusal: Refusal) -> None:
         names = ", ".join(dim.name for dim in dims)
