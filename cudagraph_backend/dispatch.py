@@ -23,6 +23,7 @@ Sizes = tuple[int, ...]
 _TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _STATIC_INPUTS_MOVE = Refusal("static inputs keep moving to new addresses")
 _NO_MEMORY = Refusal("no memory for the staging buffers")
+_PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
 _ADDRESSES_PER_BUCKET = 64  # a loop over layers calls one region with as many sets of parameters
 _UNUSED_CAPTURES = 8
 
@@ -63,7 +64,8 @@ class Plan:
 class Table:
     """The plans, buckets, staging buffers and place of one region.
 
-    ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed.
+    ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed,
+    and ``postponed`` why the probe couldn't tell at a call, once per such call.
     """
 
     def __init__(self, region: Region, options: Options, device: Device, place: Hashable, compiled: Compiled):
@@ -74,6 +76,7 @@ class Table:
         self.staging = StagingBuffers(region.device)
         self.dims = region.dims
         self.probed: dict[str, set[int]] = {}
+        self.postponed: dict[Sizes, list[str]] = {}
         self.buckets: dict[Sizes, Bucket] = {}
         self._plans: dict[Sizes, Plan | Refusal] = {}
         self._options = options
@@ -109,10 +112,26 @@ class Table:
             self.probed.setdefault(dim.name, set()).add(values[next(iter(dim.symbols))])
         plan.to_probe = ()
 
+    def postpone_probe(self, plan: Plan, reason: str) -> Plan | Refusal:
+        """The plan to answer this call with, which the probe can't tell about: dims without a proof aren't padded.
+
+        Its sizes keep that plan if this goes on.
+        """
+        unproven = [dim for dim in plan.to_probe if dim.to_probe is not None]
+        instead = self.plan_without(unproven, plan.sizes)
+        if isinstance(instead, Plan):
+            instead.to_probe = ()
+        reasons = self.postponed.setdefault(plan.sizes, [])
+        reasons.append(reason)
+        if len(reasons) == _PROBES_PER_SIZE and instead is not _NO_MEMORY:
+            self._plans[plan.sizes] = instead
+        return instead
+
     def refuse_dims(self, dims: Collection[DynamicDim], refusal: Refusal) -> None:
         """From now on ``dims`` are not padded; nothing that was planned or captured with them is used again."""
         self.dims = tuple(replace(dim, refusal=refusal) if dim in dims else dim for dim in self.dims)
         self._plans.clear()
+        self.postponed.clear()
         self.buckets.clear()
 
     def graph(self, plan: Plan, args: list[Any], ranges: Ranges) -> Graph | Refusal | None:

@@ -130,11 +130,7 @@ class Replayer:
                 self._refuse_dims(table, self._blamed(table, plan, args), found)
                 plan = table.plan(plan.sizes) if self._refusal is None else self._refusal
             else:
-                log.info("%s is not probed at this call: %s", self.region.name, found.reason)
-                unproven = [dim for dim in plan.to_probe if dim.to_probe is not None]
-                if not unproven:
-                    break
-                plan = table.plan_without(unproven, plan.sizes)
+                plan = table.postpone_probe(plan, found.reason)
         return plan
 
     def _blamed(self, table: Table, plan: Plan, args: list[Any]) -> Sequence[DynamicDim]:

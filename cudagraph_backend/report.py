@@ -94,6 +94,8 @@ def _explain(replayer: Replayer) -> list[str]:
     probed = table.probed if table is not None else {}
     dims = table.dims if table is not None else region.dims
     lines += [f"  dim {_explain_dim(dim, sorted(probed.get(dim.name, ())))}" for dim in dims]
+    postponed = Counter(reason for reasons in table.postponed.values() for reason in reasons) if table else {}
+    lines += [f"  the probe could not tell at {count} calls: {reason}" for reason, count in postponed.items()]
     if captured := sorted(bucket.sizes for bucket in _buckets(replayer) if bucket.graphs):
         lines.append(f"  buckets: {_bucket_sizes(replayer, captured)}")
     lines += [f"  ran uncaptured {count} times: {reason}" for reason, count in replayer.counters.fallbacks.items()]
