@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from cudagraph_backend import buckets
 from cudagraph_backend.devices import Device
 from cudagraph_backend.drivers import Graph
-from cudagraph_backend.errors import Refusal
+from cudagraph_backend.errors import Refusal, is_out_of_memory
 from cudagraph_backend.fill import Fill
 from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, layout_at
@@ -25,6 +25,8 @@ Sizes = tuple[int, ...]
 
 _TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _STATIC_INPUTS_MOVE = Refusal("static inputs keep moving to new addresses")
+_NO_MEMORY = Refusal("no memory for the staging buffers")
+_PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
 _ADDRESSES_PER_BUCKET = 64  # a loop over layers calls one region with as many sets of parameters
 _UNUSED_CAPTURES = 8
 
@@ -48,7 +50,11 @@ class Bucket:
 
 @dataclass(slots=True)
 class Plan:
-    """All that is decided for one combination of real sizes; ``counts`` are the region's ``CountInput``s for them."""
+    """All that is decided for one combination of real sizes.
+
+    ``counts`` are the region's ``CountInput``s for them; ``to_probe`` are the padded dims that the probe must look at
+    before the plan may answer a call.
+    """
 
     sizes: Sizes
     bucket: Bucket
@@ -56,11 +62,16 @@ class Plan:
     rows_real: int
     rows_padded: int
     counts: tuple[torch.Tensor, ...] = ()
+    to_probe: tuple[DynamicDim, ...] = ()
     layout: Layout | None = None
 
 
 class Table:
-    """The plans, buckets, staging buffers and place of one region."""
+    """The plans, buckets, staging buffers and place of one region.
+
+    ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed,
+    and ``postponed`` why the probe couldn't tell at a call, once per such call.
+    """
 
     def __init__(self, region: Region, options: Options, device: Device, place: Hashable, compiled: Compiled):
         self.region = region
@@ -68,6 +79,9 @@ class Table:
         self.place = device.place(place)
         self.run = device.driver.prepare(compiled)
         self.staging = StagingBuffers(region.device)
+        self.dims = region.dims
+        self.probed: dict[str, set[int]] = {}
+        self.postponed: dict[Sizes, list[str]] = {}
         self.buckets: dict[Sizes, Bucket] = {}
         self._plans: dict[Sizes, Plan | Refusal] = {}
         self._options = options
@@ -78,17 +92,52 @@ class Table:
         """The plan for a call's sizes, or why such calls run the compiled region."""
         plan = self._plans.get(sizes)
         if plan is None:
-            try:
-                plan = self._plans[sizes] = self._new_plan(sizes)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; not remembered, as memory may come back
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                return Refusal("no memory for the staging buffers")
+            plan = self.plan_without((), sizes)
+            if plan is not _NO_MEMORY:  # not remembered, as memory may come back
+                self._plans[sizes] = plan
         return plan
+
+    def plan_without(self, dims: Collection[DynamicDim], sizes: Sizes) -> Plan | Refusal:
+        """A new plan for a call's sizes, with ``dims`` at their exact sizes."""
+        try:
+            return self._new_plan(sizes, without=dims)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return _NO_MEMORY
 
     def refuse(self, sizes: Sizes, refusal: Refusal) -> None:
         """From now on calls of these sizes run the compiled region."""
         self._plans[sizes] = refusal
+
+    def pass_probe(self, plan: Plan) -> None:
+        """From now on the plan answers calls."""
+        values = self.region.values(plan.bucket.sizes)
+        for dim in plan.to_probe:
+            self.probed.setdefault(dim.name, set()).add(values[next(iter(dim.symbols))])
+        plan.to_probe = ()
+
+    def postpone_probe(self, plan: Plan, reason: str) -> Plan | Refusal:
+        """The plan to answer this call with, which the probe can't tell about: dims without a proof aren't padded.
+
+        Its sizes keep that plan if this goes on.
+        """
+        unproven = [dim for dim in plan.to_probe if dim.to_probe is not None]
+        instead = self.plan_without(unproven, plan.sizes)
+        if isinstance(instead, Plan):
+            instead.to_probe = ()
+        reasons = self.postponed.setdefault(plan.sizes, [])
+        reasons.append(reason)
+        if len(reasons) == _PROBES_PER_SIZE and instead is not _NO_MEMORY:
+            self._plans[plan.sizes] = instead
+        return instead
+
+    def refuse_dims(self, dims: Collection[DynamicDim], refusal: Refusal) -> None:
+        """From now on ``dims`` are not padded; nothing that was planned or captured with them is used again."""
+        self.dims = tuple(replace(dim, refusal=refusal) if dim in dims else dim for dim in self.dims)
+        self._plans.clear()
+        self.postponed.clear()
+        self.buckets.clear()
 
     def graph(self, plan: Plan, args: list[Any], ranges: Ranges) -> Graph | Refusal | None:
         """The graph to replay for a call; ``None`` if it must be captured first; or why it can't be."""
@@ -129,17 +178,17 @@ class Table:
         be as many as there are sizes.
         """
         largest = dict(values)
-        for dim in self.region.dims if exact_dims else self._padded_dims():
+        for dim in self.dims if exact_dims else self._padded_dims():
             sizes = self._options.capture_sizes if dim.refusal is None else "auto"
             size = buckets.largest(sizes, dim.upper, max(values[s] for s in dim.symbols))
             largest.update(dict.fromkeys(dim.symbols, size))
         return largest
 
     def _padded_dims(self) -> list[DynamicDim]:
-        return [dim for dim in self.region.dims if dim.refusal is None]
+        return [dim for dim in self.dims if dim.refusal is None]
 
-    def _new_plan(self, sizes: Sizes) -> Plan | Refusal:
-        chosen = self._bucket_sizes(sizes)
+    def _new_plan(self, sizes: Sizes, without: Collection[DynamicDim] = ()) -> Plan | Refusal:
+        chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in without])
         if isinstance(chosen, Refusal):
             return chosen
         if any(t.mutated and overlaps_itself(*shape_at(t, self.region.values(sizes))) for t in self.staged):
@@ -157,12 +206,18 @@ class Table:
             rows_real=sum(values[s] for s in rows),
             rows_padded=sum(padded[s] - values[s] for s in rows),
             counts=tuple(count.make(values, self.region.device) for count in self.region.counts),
+            to_probe=tuple(self._dims_to_probe(values, padded)),
         )
 
-    def _bucket_sizes(self, sizes: Sizes) -> Sizes | Refusal:
-        """The capture sizes that serve ``sizes``: padded where a dim may be, exact elsewhere."""
+    def _dims_to_probe(self, values: Values, padded: Values) -> list[DynamicDim]:
+        verifies = self._options.verify == "capture"
+        dims = [d for d in self._padded_dims() if verifies or d.to_probe is not None]
+        return [d for d in dims if any(values[s] != padded[s] for s in d.symbols)]
+
+    def _bucket_sizes(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
+        """The capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
         values = dict(self.region.values(sizes))
-        for dim in self._padded_dims():
+        for dim in dims:
             found = {values[s] for s in dim.symbols}
             # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
             if len(found) > 1 or self._overlaps(dim, values):
@@ -174,7 +229,25 @@ class Table:
             if size is None:
                 return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
             values.update(dict.fromkeys(dim.symbols, size))
-        return tuple(evaluate(s.size, values) for s in self.region.sizes)
+        kept = self._kept_equal(self.region.values(sizes), values, dims)
+        return tuple(evaluate(s.size, kept) for s in self.region.sizes)
+
+    def _kept_equal(self, real: Values, padded: Values, dims: Sequence[DynamicDim]) -> Values:
+        """``padded``, with dims that have no proof padded only where sizes that are equal in the call stay equal.
+
+        Such sizes may belong together, though neither a guard nor a proof says so: an index made of one may run out of
+        the range of the other, which on a GPU is the end of the process's CUDA context.
+        """
+        apart = [
+            s
+            for dim in dims
+            for s in dim.symbols
+            if dim.to_probe is not None and len({padded[t] for t in real if real[t] == real[s]}) > 1
+        ]
+        if not apart:
+            return padded
+        kept = {**padded, **{s: real[s] for s in apart}}
+        return kept if self.region.shapes.admits([evaluate(s.size, kept) for s in self.region.sizes]) else real
 
     def _admits(self, dim: DynamicDim, values: Values) -> Callable[[int], bool]:
         def admits(size: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 class SharedGraphError(Exception):
     """Base of every error this package raises on purpose."""
@@ -23,6 +25,11 @@ class RefusalError(SharedGraphError, RuntimeError):
 
 class CaptureError(SharedGraphError, RuntimeError):
     """A capture failed and was cleanly aborted; the region runs uncaptured from then on."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be had; the CPU's allocator has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True, slots=True)

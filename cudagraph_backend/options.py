@@ -18,7 +18,7 @@ DriverName = Literal["auto", "cuda", "host", "off"]
 Verify = Literal["off", "capture"]
 
 _CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify}
-_NOT_YET = {("pad", "probe"), ("on_overwrite", "error"), ("verify", "capture")}
+_NOT_YET = {("on_overwrite", "error")}
 _MAX_SIZE = 2**31 - 1
 
 
@@ -29,8 +29,9 @@ class Options:
     Attributes:
         capture_sizes: sizes of a dynamic dim to capture graphs for (ascending, unique), or ``"auto"``: from the dim's
             bounds (``mark_dynamic(max=…)``), or growing with the sizes that are seen.
-        pad: pad a dynamic dim up to a capture size if that is proven safe (``"prove"``), always (``"assume"``: wrong
-            values if a real row depends on a padded one), or never (``"off"``).
+        pad: pad a dynamic dim up to a capture size if that is proven safe (``"prove"``), where there is no proof also
+            if test runs at capture show nothing against it (``"probe"``), always (``"assume"``: wrong values if a real
+            row depends on a padded one), or never (``"off"``).
         fill: what padded rows of inputs hold: copies of the last real row (``"replica"``), ``"zero"``, a number, or by
             input name one of these, ``{"labels": -100}``; inputs that are not named hold replicas. A name is the last
             identifier of the way to an input (``labels`` for ``batch["labels"]``) or all of it (``batch.labels``).
@@ -39,7 +40,7 @@ class Options:
             one that fits a region's device, ``"off"`` runs the compiled regions as they are.
         strict: raise ``RefusalError`` where a refusal would be counted.
         max_graphs: the most graphs one region may hold; beyond it the compiled region runs.
-        verify: check at capture that padding changes nothing.
+        verify: ``"capture"`` makes the probe's test runs for all dims, proven or assumed safe, too.
         inductor: settings passed to Inductor, e.g. ``{"max_autotune": True}``.
     """
 

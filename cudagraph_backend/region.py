@@ -89,7 +89,8 @@ class DynamicDim:
     """One dynamic dim of a region: symbols that are padded together, and what was decided about padding them.
 
     ``refusal`` is why the dim isn't padded (each of its sizes gets a graph of its own then). ``needs_fill`` says
-    whether the proof relies on what padded rows hold, ``masks`` how many were put into the graph for it.
+    whether the proof relies on what padded rows hold, ``masks`` how many were put into the graph for it. ``to_probe``
+    is why there is no proof, for a dim that is padded where the probe sees nothing against it (``pad="probe"``).
     """
 
     symbols: frozenset[sympy.Symbol]
@@ -97,6 +98,7 @@ class DynamicDim:
     refusal: Refusal | None
     needs_fill: bool
     masks: int = 0
+    to_probe: Refusal | None = None
 
     @property
     def name(self) -> str:
@@ -118,7 +120,8 @@ class Region:
     """One graph handed over by AOTAutograd and compiled by Inductor.
 
     ``outputs`` holds a ``TensorOutput``, a size expression, or ``None`` per output. ``refusal`` is why the region
-    can't be captured at all. ``has_effects``: running it twice is not the same as running it once.
+    can't be captured at all. ``has_effects``: running it twice is not the same as running it once. ``takes_extremes``:
+    NaN and large floats can't become an index. ``precision``: the largest machine epsilon among its values.
     """
 
     number: int
@@ -133,6 +136,8 @@ class Region:
     refusal: Refusal | None
     has_effects: bool
     source_lines: tuple[str, ...]
+    takes_extremes: bool = True
+    precision: float = torch.finfo(torch.float32).eps
 
     @property
     def name(self) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend import capture
+from cudagraph_backend import capture, probe
 from cudagraph_backend.devices import Device
 from cudagraph_backend.dispatch import Plan, Table
 from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
 from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, make_outputs
-from cudagraph_backend.region import Region
+from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import shares_memory, stage, write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
 from cudagraph_backend.tree import Ranges
@@ -88,6 +88,10 @@ class Replayer:
         args.extend(plan.counts)
         if self._writes and shares_memory(self.region.inputs, args):
             return _SHARED_MEMORY
+        if plan.to_probe:
+            plan = self._probed(table, plan, args)
+            if isinstance(plan, Refusal):
+                return plan
         ranges = table.place.free_ranges(len(plan.layout.range_nbytes) if plan.layout else None)
         if ranges is None:
             return _LIVE_OUTPUTS
@@ -116,6 +120,40 @@ class Replayer:
         return outputs
 
     # ---- the first call of a bucket
+
+    def _probed(self, table: Table, plan: Plan | Refusal, args: list[Any]) -> Plan | Refusal:
+        """The plan that answers the call: without those dims whose padded rows the probe sees in real ones."""
+        while isinstance(plan, Plan) and plan.to_probe:
+            found = probe.probe(table, plan, args)
+            if found is None:
+                table.pass_probe(plan)
+            elif isinstance(found, Refusal):
+                self._refuse_dims(table, self._blamed(table, plan, args), found)
+                plan = table.plan(plan.sizes) if self._refusal is None else self._refusal
+            else:
+                plan = table.postpone_probe(plan, found.reason)
+        return plan
+
+    def _blamed(self, table: Table, plan: Plan, args: list[Any]) -> Sequence[DynamicDim]:
+        """Of several dims that failed the probe together, those that fail it alone; all of them if none does."""
+        dims = probe.suspects(plan)
+        if len(dims) == 1:
+            return dims
+        alone = [table.plan_without([other for other in dims if other is not dim], plan.sizes) for dim in dims]
+        tested = zip(dims, alone, strict=True)
+        failed = [d for d, p in tested if isinstance(p, Plan) and isinstance(probe.probe(table, p, args), Refusal)]
+        return failed or dims
+
+    def _refuse_dims(self, table: Table, dims: Sequence[DynamicDim], refusal: Refusal) -> None:
+        names = ", ".join(dim.name for dim in dims)
+        if self.options.pad != "assume" and all(dim.to_probe is None for dim in dims):
+            text = "%s: dim %s was proven to be safe to pad and is not; please report this: %s"
+            log.error(text, self.region.name, names, refusal)
+        else:
+            log.warning("%s: dim %s is not padded: %s", self.region.name, names, refusal)
+        table.refuse_dims(dims, refusal)
+        if self.options.strict:
+            self._refusal = refusal
 
     def _capture(self, table: Table, plan: Plan, args: list[Any], ranges: Ranges) -> list[Any] | Refusal:
         inputs = capture.bucket_inputs(plan, args)

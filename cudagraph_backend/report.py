@@ -92,7 +92,12 @@ def _explain(replayer: Replayer) -> list[str]:
     lines += [f"  from {span}" for span in region.source_lines]
     if region.refusal is not None:
         lines.append(f"  not captured: {region.refusal}")
-    lines += [f"  dim {_explain_dim(dim)}" for dim in region.dims]
+    table = replayer.table
+    probed = table.probed if table is not None else {}
+    dims = table.dims if table is not None else region.dims
+    lines += [f"  dim {_explain_dim(dim, sorted(probed.get(dim.name, ())))}" for dim in dims]
+    postponed = Counter(reason for reasons in table.postponed.values() for reason in reasons) if table else {}
+    lines += [f"  the probe could not tell at {count} calls: {reason}" for reason, count in postponed.items()]
     if captured := sorted(bucket.sizes for bucket in _buckets(replayer) if bucket.graphs):
         lines.append(f"  buckets: {_bucket_sizes(replayer, captured)}")
     lines += [f"  ran uncaptured {count} times: {reason}" for reason, count in replayer.counters.fallbacks.items()]
@@ -124,12 +129,19 @@ def _unmatched_fills(replayers: Sequence[Replayer]) -> list[str]:
     return lines
 
 
-def _explain_dim(dim: DynamicDim) -> str:
+def _explain_dim(dim: DynamicDim, probed: Sequence[int]) -> str:
+    """``probed`` are the buckets in which the dim passed the probe."""
     sizes = f"{dim.name} ({'any size' if dim.upper is None else f'up to {dim.upper}'})"
     if dim.refusal is not None:
-        return f"{sizes}: not padded, one graph per size: {dim.refusal}"
+        unproven = f" (not proven: {dim.to_probe})" if dim.to_probe is not None else ""
+        return f"{sizes}: not padded, one graph per size: {dim.refusal}{unproven}"
+    buckets = f"in buckets {', '.join(map(str, probed))}" if probed else "in no bucket yet"
+    if dim.to_probe is not None:
+        seen = "padded rows did not reach real rows" if probed else "padded where the probe sees nothing against it"
+        return f"{sizes}: probed {buckets}: {seen} (not proven: {dim.to_probe})"
     needs = "what they hold matters" if dim.needs_fill else "they may hold anything"
-    return f"{sizes}: padded rows never reach real rows ({needs})"
+    needs += f", {dim.masks} masks" if dim.masks else ""
+    return f"{sizes}: padded rows never reach real rows ({needs})" + (f", probed {buckets}" if probed else "")
 
 
 def _bucket_sizes(replayer: Replayer, captured: Sequence[Sizes]) -> str:

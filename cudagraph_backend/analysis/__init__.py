@@ -12,13 +12,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.analysis.capturable import capture_refusal, devices_of
 from cudagraph_backend.analysis.dims import dynamic_dims
 from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
 from cudagraph_backend.analysis.outputs import graph_outputs, with_strides
+from cudagraph_backend.analysis.probing import draws_random_numbers, number_from_floats, precision
 from cudagraph_backend.analysis.source import source_spans
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
@@ -67,8 +68,10 @@ def analyse(
         outputs=graph_outputs(graph),
         shapes=shapes,
         refusal=refusal,
-        has_effects=_draws_random_numbers(graph),
+        has_effects=draws_random_numbers(graph),
         source_lines=source_spans(graph),
+        takes_extremes=number_from_floats(graph) is None,
+        precision=precision(graph),
     )
 
 
@@ -104,10 +107,6 @@ def _refused_symbols(inputs: Sequence[TensorInput], sizes: Sequence[SizeInput]) 
         if unknown := tensor.symbols - known:
             return Refusal(f"no argument of the region gives the size {next(iter(unknown))} of input {tensor.name}")
     return None
-
-
-def _draws_random_numbers(graph: Graph) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
 
 
 def _refused_by_inductor(region: Region, compiled: Any) -> Refusal | None:

@@ -9,6 +9,7 @@ import sympy
 from torch.fx import Graph, GraphModule
 
 from cudagraph_backend.analysis.padding import Verdict, masks, prove
+from cudagraph_backend.analysis.probing import probe_refusal
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
@@ -32,10 +33,10 @@ def dynamic_dims(
         verdicts = _with(verdicts, dim, lambda dim: _verdict(module.graph, dim, inputs, options, masked=False))
     refused = [v.symbols for v in verdicts if v.refusal is not None]
     counts: list[CountInput] = []
-    for dim in refused if options.pad == "prove" else ():
+    for dim in refused if options.pad in ("prove", "probe") else ():
         if _refused_layouts(dim, inputs) is None:
             verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
-    return tuple(_dim(verdict, inputs, shapes) for verdict in verdicts), tuple(counts)
+    return tuple(_dim(module.graph, verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
 
 
 def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
@@ -46,14 +47,19 @@ def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], 
     return [*(other for other in verdicts if not other.symbols & verdict.symbols), verdict]
 
 
-def _dim(verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes) -> DynamicDim:
+def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:
+    to_probe, unproven = None, verdict.refusal
+    if options.pad == "probe" and unproven is not None:
+        to_probe, unproven = unproven, probe_refusal(graph, unproven)
+    refusal = unproven or _refused_layouts(verdict.symbols, inputs)
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
         upper=min(upper) if upper else None,
-        refusal=verdict.refusal or _refused_layouts(verdict.symbols, inputs),
+        refusal=refusal,
         needs_fill=verdict.needs_fill,
         masks=len(verdict.masks),
+        to_probe=to_probe if refusal is None else None,
     )
 
 

@@ -193,6 +193,64 @@ def test_padding_assumed_takes_what_the_proof_refuses():
     assert verdicts(region_of(lambda x: x.mean(0), torch.randn(6, 4)))[0] is not None
 
 
+def unproven(region: Region) -> list[str | None]:
+    """Per dim that is left to the probe, the operator that has no proof; or why it isn't left to it."""
+    return [d.to_probe.op if d.to_probe else d.refusal and d.refusal.reason for d in region.dims]
+
+
+def test_what_the_proof_refuses_is_left_to_the_probe():
+    x = torch.randn(6, 4)
+    assert unproven(region_of(lambda x: x.mean(0), x, pad="probe")) == ["aten.mean.dim", None]
+    assert unproven(region_of(lambda x: x.mean(0), x)) == ["reduces over the padded rows", None]
+
+
+def test_the_probe_does_not_change_a_refusal_of_the_layout():
+    x = torch.randn(1, 4).expand(6, 4)
+    (reason,) = unproven(region_of(lambda x: x.mean(0), x, pad="probe", fill="zero"))[:1]
+    assert "is expanded along the dynamic dim" in reason
+
+
+def test_no_probe_of_random_numbers():
+    region = region_of(lambda x: x.mean(0) + torch.rand(4), torch.randn(6, 4), pad="probe")
+    assert "reduces over the padded rows; no probe: the region draws random numbers" in unproven(region)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "takes_extremes"),
+    [
+        (lambda x: x.long(), False),
+        (lambda x: x.double().to(torch.int8), False),
+        (lambda x: x.view(torch.int32), False),
+        (lambda x: torch.bucketize(x, torch.arange(3.0)), False),
+        (lambda x: (x > 0).long(), True),
+        (lambda x: x.argmax(1), True),
+        (lambda x: x.sort(1).indices + 1, True),
+        (lambda x: x > 0, True),
+        (lambda x: x.bfloat16(), True),
+    ],
+)
+def test_extremes_that_may_become_integers(function, takes_extremes):
+    region = region_of(lambda x: (function(x), x.mean(0)), torch.randn(6, 4), pad="probe")
+    assert region.takes_extremes is takes_extremes
+    (dim, *_) = region.dims
+    assert (dim.refusal is None) is takes_extremes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inner", "precision"),
+    [
+        (torch.float32, torch.float32, 2**-23),
+        (torch.float32, torch.bfloat16, 2**-7),
+        (torch.float64, torch.float64, 2**-52),
+        (torch.float64, torch.float32, 2**-23),
+        (torch.int64, torch.int64, 0),
+    ],
+)
+def test_the_precision_is_that_of_the_coarsest_value(dtype, inner, precision):
+    region = region_of(lambda x: (x.to(inner) * 2).to(dtype) + 1, torch.ones(6, 4, dtype=dtype))
+    assert region.precision == precision
+
+
 def test_a_size_that_is_no_multiple_of_the_dim_is_refused():
     gm, example_inputs = captured(lambda x: torch.cat([x, x[:1]]) * 2, torch.randn(6, 4))
     longer = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cat.default).meta["val"]
