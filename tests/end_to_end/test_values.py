@@ -27,8 +27,8 @@ def check(function, batch, *, sizes=SIZES, **options):
         (lambda x: x - x.mean(0), "mean"),
         (lambda x: x / x.shape[0], "size"),
         (lambda x: x.cumsum(0).flip(0), "flip"),
-        (lambda x: x.softmax(0), "amax"),
-        (lambda x: x.T @ x, "mm"),
+        (lambda x: x.var(0, correction=0), "var"),
+        (lambda x: x.topk(1, 0).values, "topk"),
         (lambda x: torch.roll(x, 1, 0), "roll"),
         (lambda x: x.sort(0).values, "sort"),
         (lambda x: x[-1] + x[:1], "select"),
@@ -78,20 +78,66 @@ def test_rows_that_stay_apart_are_padded(function, device):
     assert "not padded" not in sg.explain()
 
 
-def test_rows_that_are_not_outermost_in_memory(device):
-    """Padding moves the real rows of such an output, so each size has a graph of its own."""
-    check(lambda x: (x * 2).relu(), lambda n: (torch.randn(4, n, device=device),))
-    assert sg.stats().rows_padded == 0
-    assert "not outermost in the memory of output 0" in sg.explain()
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum(0),
+        lambda x: x.softmax(0),
+        lambda x: x.log_softmax(0).argmax(0),
+        lambda x: x.T @ x,
+        lambda x: (x @ x.T).softmax(-1) @ x,
+        lambda x: x.cumsum(0).amax(0),
+        lambda x: x.diff(dim=0).abs().amax(0),
+        lambda x: (x[1:] - x[:-1], x.unfold(0, 2, 1).sum(-1)),
+    ],
+)
+def test_rows_that_meet_under_a_mask_are_padded(function, device):
+    check(function, lambda n: (torch.randn(n, 4, device=device),), sizes=SIZES[:7])
+    assert sg.stats().rows_padded > 0
+    assert sg.stats().fallbacks == {}
+    assert "not padded" not in sg.explain()
+
+
+def test_masks_hide_nothing_from_calls_without_padding(device):
+    """Where no graph answers, the compiled region runs with its masks, at the exact sizes."""
+    check(lambda x: x.softmax(0), lambda n: (torch.randn(n, 4, device=device),), capture_sizes=[4])
+    assert sum(sg.stats().fallbacks.values()) > 3
+
+
+@pytest.mark.parametrize("make", [lambda x: (x * 2).relu(), lambda x: (x.T * 2, x.T.contiguous(), x.T[:1] + 1)])
+def test_rows_that_are_not_outermost_in_memory(make, device):
+    """Padded rows lie between real ones: such outputs are copied from the pool, with eager's strides."""
+    compiled = torch.compile(make, backend="sharedgraph")
+    kept = []
+    for n in (5, 11, 3, 16, 11):
+        x = torch.randn(4, n, device=device)
+        got, expected = compiled(x), make(x)
+        torch.testing.assert_close(got, expected, check_stride=True)
+        kept.append((got, expected))
+    for got, expected in kept:
+        torch.testing.assert_close(got, expected)
+    assert sg.stats().rows_padded > 0
+    assert "not padded" not in sg.explain()
 
 
 def test_two_dims(device):
-    """The batch is padded, the length (softmax over it) is exact."""
+    """The batch is padded, and so is the length, with a mask before the softmax over it."""
     compiled = torch.compile(lambda x: x.softmax(1), backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for n, length in [(5, 7), (9, 7), (11, 20), (6, 20), (30, 7), (29, 6)]:
+            x = torch.randn(n, length, device=device)
+            torch.testing.assert_close(compiled(x), x.softmax(1), check_stride=True)
+    padded = (8 - 5) + (16 - 9) + (16 - 11) + (8 - 6) + (32 - 30) + (32 - 29)
+    assert sg.stats().rows_padded == padded + (8 - 7) + (8 - 7) + (24 - 20) + (24 - 20) + (8 - 7) + (8 - 6)
+    assert sg.stats().graphs == 5
+
+
+def test_a_dim_that_is_refused_beside_one_that_is_padded(device):
+    compiled = torch.compile(lambda x: x.sort(1).values, backend="sharedgraph", dynamic=True)
     with torch.no_grad():
         for n, length in [(5, 7), (9, 7), (11, 20), (6, 20), (30, 7)]:
             x = torch.randn(n, length, device=device)
-            torch.testing.assert_close(compiled(x), x.softmax(1))
+            torch.testing.assert_close(compiled(x), x.sort(1).values)
     assert sg.stats().rows_padded == (8 - 5) + (16 - 9) + (16 - 11) + (8 - 6) + (32 - 30)
     assert sg.stats().graphs == 5
 
