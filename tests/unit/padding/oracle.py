@@ -83,8 +83,13 @@ def dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
     return tensor
 
 
-def regions(function: Callable[..., Any], *args: Any, grad: bool = False, **kwargs: Any) -> list[Region]:
-    """The regions of one call of ``function``, by way of Dynamo and AOTAutograd; Inductor itself is not run."""
+def regions(
+    function: Callable[..., Any], *args: Any, grad: bool = False, fullgraph: bool = True, **kwargs: Any
+) -> list[Region]:
+    """The regions of one call of ``function``, by way of Dynamo and AOTAutograd; Inductor itself is not run.
+
+    Without ``fullgraph`` there may be graph breaks, and each graph gives a region.
+    """
     found: list[Region] = []
 
     def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
@@ -92,7 +97,7 @@ def regions(function: Callable[..., Any], *args: Any, grad: bool = False, **kwar
 
     torch._dynamo.reset()
     with torch.set_grad_enabled(grad), torch._functorch.config.patch(enable_autograd_cache=False):
-        result = torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
+        result = torch.compile(function, backend=backend, fullgraph=fullgraph)(*args, **kwargs)
         if grad:
             result.backward(torch.ones_like(result))
     return found

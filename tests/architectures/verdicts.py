@@ -1,0 +1,67 @@
+"""What the analysis says of an architecture's regions, and whether that is true when they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cudagraph_backend.analysis import analyse
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
+from cudagraph_backend.region import DynamicDim
+from tests.architectures.catalogue import Architecture, build
+from tests.unit.padding.oracle import Region, dynamic, refute, regions
+
+SIZE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One region of an architecture: its dynamic dims, or why it can't be captured."""
+
+    region: Region
+    dims: tuple[DynamicDim, ...]
+    uncapturable: Refusal | None
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Everything that keeps the region from being padded."""
+        whole = [self.uncapturable] if self.uncapturable else []
+        return whole + [dim.refusal for dim in self.dims if dim.refusal]
+
+    def refutation(self) -> str | None:
+        """What is not as promised when the region is run with padded rows; None if all is well."""
+        safe = [dim for dim in self.dims if dim.refusal is None]
+        return next((problem for dim in safe if (problem := refute(self.region, dim))), None)
+
+
+def findings(architecture: Architecture) -> list[Finding]:
+    """One per region of a call with a dynamic batch, as the backend would analyse them."""
+    model, batch = build(architecture)
+    found = regions(model, fullgraph=False, **_with_dynamic_batch(batch(SIZE)))
+    return [_analysed(region, number) for number, region in enumerate(found)]
+
+
+def _analysed(region: Region, number: int) -> Finding:
+    analysed = analyse(region.module.graph, region.metas, "inference", (), Options(), number)
+    return Finding(region, analysed.dims, analysed.refusal)
+
+
+def _with_dynamic_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    for tensor in _tensors(batch):
+        dynamic(tensor)
+    return batch
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif hasattr(value, "layers"):  # a cache of transformers
+        for layer in value.layers:
+            yield from (layer.keys, layer.values)
