@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 from torch.fx import Graph
@@ -56,7 +57,14 @@ def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Opt
     alone = verdict = prove(graph, symbols, options.fill)
     while verdict.refusal is not None and verdict.link - verdict.symbols:
         verdict = prove(graph, verdict.symbols | verdict.link, options.fill)
-    return alone if verdict.refusal is not None else verdict
+    if verdict.refusal is None or verdict is alone:
+        return verdict
+    return replace(alone, refusal=_both(alone.refusal, verdict.refusal))
+
+
+def _both(alone: Refusal | None, linked: Refusal) -> Refusal:
+    """Why linking dims does not help, which is mostly the deeper reason, and why it was tried."""
+    return replace(linked, reason=f"{linked.reason}; as a dim of its own: {alone.reason}" if alone else linked.reason)
 
 
 def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput]) -> Refusal | None:

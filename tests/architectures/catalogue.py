@@ -103,7 +103,7 @@ def _decode(model: nn.Module, n: int, static: bool) -> Batch:
     with torch.no_grad():
         cache = model(**prompt, past_key_values=cache, use_cache=True).past_key_values
     mask = torch.cat([prompt["attention_mask"], torch.ones(n, 1, dtype=torch.long)], 1)
-    return {"input_ids": _ids(n)[:, :1], "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    return {"input_ids": _ids(n)[:, :1].contiguous(), "attention_mask": mask, "past_key_values": cache, "use_cache": True}
 
 
 def _translation(model: nn.Module, n: int) -> Batch:
@@ -305,6 +305,7 @@ def _state_space() -> Iterator[Architecture]:
 
 
 def _mixtures() -> Iterator[Architecture]:
+    """By default tokens are sorted by expert; alternatives are to gather each token's weights, or to loop."""
     settings = {
         **GROUPED,
         "num_local_experts": 4,
@@ -314,9 +315,17 @@ def _mixtures() -> Iterator[Architecture]:
         "shared_expert_intermediate_size": 16,
     }
     for family in ("GptOss", "Mixtral", "Olmoe", "Phimoe", "Qwen2Moe", "Qwen3Moe"):
-        yield Architecture(
-            family, "mixture of experts", partial(_hugging_face, f"{family}ForCausalLM", **settings), _prompt
-        )
+        model = partial(_hugging_face, f"{family}ForCausalLM", **settings)
+        yield Architecture(family, "mixture of experts", model, _prompt)
+        for experts in ("batched_mm", "eager") if family in ("Mixtral", "Qwen3Moe") else ():
+            chosen = partial(_with_experts, model, experts)
+            yield Architecture(f"{family} (experts: {experts})", "mixture of experts", chosen, _prompt)
+
+
+def _with_experts(model: Callable[[], Any], implementation: str) -> nn.Module:
+    made = model()
+    made.set_experts_implementation(implementation)
+    return made
 
 
 def _convolutional() -> Iterator[Architecture]:

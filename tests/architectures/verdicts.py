@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.fx import Node
 
-from cudagraph_backend.analysis import analyse
+from cudagraph_backend.analysis import analyse, complete
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim
@@ -47,7 +49,21 @@ def findings(architecture: Architecture) -> list[Finding]:
 
 def _analysed(region: Region, number: int) -> Finding:
     analysed = analyse(region.module.graph, region.metas, "inference", (), Options(), number)
-    return Finding(region, analysed.dims, analysed.refusal)
+    completed = complete(analysed, _as_compiled(region))
+    return Finding(region, completed.dims, completed.refusal)
+
+
+def _as_compiled(region: Region) -> SimpleNamespace:
+    """What Inductor would say of the region; it keeps the strides of outputs as they are in the graph."""
+    nodes = list(region.module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    written = {node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default}
+    outputs = [item.meta.get("val") if isinstance(item, Node) else item for item in nodes[-1].args[0]]
+    return SimpleNamespace(
+        output_strides=[tuple(map(str, v.stride())) if isinstance(v, torch.Tensor) else None for v in outputs],
+        mutated_input_idxs=[index for index, node in enumerate(inputs) if node in written],
+        disabled_cudagraphs_reason=None,
+    )
 
 
 def _with_dynamic_batch(batch: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from . import (
     random,
     reductions,
     scans,
+    transforms,
     views,
 )
 from .pointwise import pointwise
@@ -25,5 +26,6 @@ __all__ = [
     "random",
     "reductions",
     "scans",
+    "transforms",
     "views",
 ]
