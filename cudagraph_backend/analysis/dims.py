@@ -9,6 +9,7 @@ import sympy
 from torch.fx import Graph
 
 from cudagraph_backend.analysis.padding import Verdict, prove
+from cudagraph_backend.analysis.source import first_use
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, SizeInput, TensorInput
@@ -37,7 +38,7 @@ def _dim(
     refusal = (
         verdict.refusal
         or _refused_number(verdict.symbols, inputs)
-        or next((r for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
+        or next((_located(graph, i, r) for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
     )
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
@@ -57,33 +58,45 @@ def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Opt
     alone = verdict = prove(graph, symbols, options.fill)
     while verdict.refusal is not None and verdict.link - verdict.symbols:
         verdict = prove(graph, verdict.symbols | verdict.link, options.fill)
-    if verdict.refusal is None or verdict is alone:
-        return verdict
-    return replace(alone, refusal=_both(alone.refusal, verdict.refusal))
-
-
-def _both(alone: Refusal | None, linked: Refusal) -> Refusal:
-    """Why linking dims does not help, which is mostly the deeper reason, and why it was tried."""
-    return replace(linked, reason=f"{linked.reason}; as a dim of its own: {alone.reason}" if alone else linked.reason)
+    # A refusal that linking does not cure is the deeper one, and the same for all the dims that would be linked.
+    return verdict if verdict.refusal is None else replace(alone, refusal=verdict.refusal)
 
 
 def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput]) -> Refusal | None:
-    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad."""
+    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad.
+
+    One that is linked to a dim has that dim's rows.
+    """
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
-    return None if symbols <= in_sizes else Refusal("it is the size of no input's dim")
+    if symbols & in_sizes:
+        return None
+    strided = next((r for i in inputs if (r := _refused_stride(i, symbols))), None)
+    return strided or Refusal("it is the size of no input's dim")
+
+
+def _refused_stride(tensor: TensorInput, symbols: frozenset[sympy.Symbol]) -> Refusal | None:
+    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
+    if (tensor.symbols - in_sizes) & symbols:
+        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
+    return None
 
 
 def _refused_layout(tensor: TensorInput, symbols: frozenset[sympy.Symbol], options: Options) -> Refusal | None:
     """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
-    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
-    if (tensor.symbols - in_sizes) & symbols:
-        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
+    if (refusal := _refused_stride(tensor, symbols)) is not None:
+        return refusal
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
         if size.free_symbols & symbols and not _is_multiple(size, symbols):
             return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
         if size.free_symbols & symbols and stride == 0 and options.fill == "zero":
             return Refusal(f"input {tensor.name} is expanded along the dynamic dim, so its padded rows can't be zero")
     return None
+
+
+def _located(graph: Graph, tensor: TensorInput, refusal: Refusal) -> Refusal:
+    """``refusal`` of an input, with the source line that reads it: the graph's names of inputs are not the user's."""
+    placeholder = next(node for node in graph.find_nodes(op="placeholder") if str(node.target) == tensor.name)
+    return replace(refusal, source=first_use(placeholder))
 
 
 def _is_multiple(size: sympy.Expr, symbols: frozenset[sympy.Symbol]) -> bool:

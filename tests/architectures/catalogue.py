@@ -86,6 +86,10 @@ def _text(model: nn.Module, n: int) -> Batch:
     return {"input_ids": _ids(n), "attention_mask": _mask(n, left=False)}
 
 
+def _unmasked(model: nn.Module, n: int) -> Batch:
+    return {"input_ids": _ids(n)}
+
+
 def _prompt(model: nn.Module, n: int) -> Batch:
     return {"input_ids": _ids(n), "attention_mask": _mask(n, left=True), "use_cache": False}
 
@@ -103,7 +107,12 @@ def _decode(model: nn.Module, n: int, static: bool) -> Batch:
     with torch.no_grad():
         cache = model(**prompt, past_key_values=cache, use_cache=True).past_key_values
     mask = torch.cat([prompt["attention_mask"], torch.ones(n, 1, dtype=torch.long)], 1)
-    return {"input_ids": _ids(n)[:, :1].contiguous(), "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    return {
+        "input_ids": _ids(n)[:, :1].contiguous(),
+        "attention_mask": mask,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
 
 
 def _translation(model: nn.Module, n: int) -> Batch:
@@ -140,9 +149,10 @@ def _decoders() -> Iterator[Architecture]:
         Cohere Cohere2 Gemma Gemma2 Gemma3 Glm Granite Helium Llama Ministral Mistral Nemotron Olmo Olmo2 Phi Phi3
         Qwen2 Qwen3 SmolLM3 StableLm Starcoder2
     """
+    plain = "BioGpt Bloom CTRL Falcon GPT2 GPTBigCode GPTNeoX Mpt OPT Persimmon XGLM"
     for family in grouped.split():
         yield _decoder(family, **GROUPED)
-    for family in "BioGpt Bloom CTRL Falcon GPT2 GPTBigCode GPTNeoX Mpt OPT Persimmon XGLM".split():
+    for family in plain.split():
         yield _decoder(family, **TEXT)
     yield _decoder("CodeGen", **{**TEXT, "hidden_size": 32, "num_attention_heads": 4}, rotary_dim=4)
     yield _decoder("GPTJ", **TEXT, rotary_dim=4)
@@ -171,16 +181,11 @@ def _encoders() -> Iterator[Architecture]:
         Albert Bert Camembert ConvBert Deberta DebertaV2 DistilBert Electra Ernie Esm FNet MPNet ModernBert
         MobileBert RoFormer Roberta SqueezeBert XLMRoberta
     """
+    narrow = {"embedding_size": TEXT["hidden_size"]}
     for family in families.split():
-        extra: dict[str, Any] = {"embedding_size": 16} if family in ("Albert", "Electra", "RoFormer", "SqueezeBert") else {}
-        if family == "FNet":
-            yield Architecture(family, "encoder", partial(_hugging_face, "FNetModel", **TEXT), _ids_only)
-            continue
-        yield Architecture(family, "encoder", partial(_hugging_face, f"{family}Model", **TEXT, **extra), _text)
-
-
-def _ids_only(model: nn.Module, n: int) -> Batch:
-    return {"input_ids": _ids(n)}
+        extra = narrow if family in ("Albert", "Electra", "RoFormer", "SqueezeBert") else {}
+        model = partial(_hugging_face, f"{family}Model", **TEXT, **extra)
+        yield Architecture(family, "encoder", model, _unmasked if family == "FNet" else _text)
 
 
 def _translators() -> Iterator[Architecture]:
@@ -196,7 +201,10 @@ def _translators() -> Iterator[Architecture]:
     }
     for family in ("Bart", "Blenderbot", "M2M100", "MBart", "Pegasus"):
         yield Architecture(
-            family, "encoder-decoder", partial(_hugging_face, f"{family}ForConditionalGeneration", **seq2seq), _translation
+            family,
+            "encoder-decoder",
+            partial(_hugging_face, f"{family}ForConditionalGeneration", **seq2seq),
+            _translation,
         )
     yield Architecture(
         "Marian", "encoder-decoder", partial(_hugging_face, "MarianMTModel", "MarianConfig", **seq2seq), _translation
@@ -209,7 +217,9 @@ def _translators() -> Iterator[Architecture]:
 
 def _vision() -> Iterator[Architecture]:
     for family in ("Beit", "DeiT", "Dinov2", "ViT", "ViTMAE"):
-        yield Architecture(family, "vision", partial(_hugging_face, f"{family}Model", **IMAGE), _image)
+        model = partial(_hugging_face, f"{family}Model", **IMAGE)
+        refused = "draws random numbers" if family == "ViTMAE" else None
+        yield Architecture(family, "vision", model, _image, refused)
     yolos = {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 4}
     yield Architecture("YOLOS", "vision", partial(_hugging_face, "YolosModel", **yolos), _image)
     swin = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
@@ -253,7 +263,11 @@ def _multimodal() -> Iterator[Architecture]:
             _text,
         )
         yield Architecture(
-            f"{family} (both, logits of each pair)", "multimodal", partial(_hugging_face, f"{family}Model", **both), _pair
+            f"{family} (both, logits of each pair)",
+            "multimodal",
+            partial(_hugging_face, f"{family}Model", **both),
+            _pair,
+            "the dim is not outermost in the memory of output",
         )
 
 
@@ -271,7 +285,9 @@ def _audio() -> Iterator[Architecture]:
         "decoder_ffn_dim": 32,
         "decoder_start_token_id": 2,
     }
-    yield Architecture("Whisper", "audio", partial(_hugging_face, "WhisperForConditionalGeneration", **whisper), _speech)
+    yield Architecture(
+        "Whisper", "audio", partial(_hugging_face, "WhisperForConditionalGeneration", **whisper), _speech
+    )
     wave = {
         **COMMON,
         "conv_dim": (8, 8),
@@ -296,11 +312,16 @@ def _state_space() -> Iterator[Architecture]:
     yield Architecture(
         "RecurrentGemma",
         "state space",
-        partial(_hugging_face, "RecurrentGemmaForCausalLM", **{**GROUPED, "num_hidden_layers": 3}, attention_window_size=8),
+        partial(
+            _hugging_face, "RecurrentGemmaForCausalLM", **{**GROUPED, "num_hidden_layers": 3}, attention_window_size=8
+        ),
         _prompt,
     )
     yield Architecture(
-        "RWKV", "state space", partial(_hugging_face, "RwkvForCausalLM", **{**TEXT, "num_hidden_layers": 2}, attention_hidden_size=16), _prompt
+        "RWKV",
+        "state space",
+        partial(_hugging_face, "RwkvForCausalLM", **{**TEXT, "num_hidden_layers": 2}, attention_hidden_size=16),
+        _prompt,
     )
 
 
@@ -316,10 +337,16 @@ def _mixtures() -> Iterator[Architecture]:
     }
     for family in ("GptOss", "Mixtral", "Olmoe", "Phimoe", "Qwen2Moe", "Qwen3Moe"):
         model = partial(_hugging_face, f"{family}ForCausalLM", **settings)
-        yield Architecture(family, "mixture of experts", model, _prompt)
-        for experts in ("batched_mm", "eager") if family in ("Mixtral", "Qwen3Moe") else ():
-            chosen = partial(_with_experts, model, experts)
-            yield Architecture(f"{family} (experts: {experts})", "mixture of experts", chosen, _prompt)
+        refused = "may be no valid index" if family == "Phimoe" else "sorts over the padded rows"
+        yield Architecture(family, "mixture of experts", model, _prompt, refused)
+        if family in ("Mixtral", "Qwen3Moe"):
+            gathering = partial(_with_experts, model, "batched_mm")
+            name = f"{family} (experts: batched_mm)"
+            yield Architecture(name, "mixture of experts", gathering, _prompt, "may be no valid index")
+    looping = partial(_with_experts, partial(_hugging_face, "MixtralForCausalLM", **settings), "eager")
+    yield Architecture(
+        "Mixtral (experts: eager)", "mixture of experts", looping, _prompt, "reduces over the padded rows"
+    )
 
 
 def _with_experts(model: Callable[[], Any], implementation: str) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 
@@ -69,7 +71,7 @@ class _Twice(nn.Sequential):
     def __init__(self, inputs: int, outputs: int) -> None:
         sizes = ((inputs, outputs), (outputs, outputs))
         layers = [[nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)] for i, o in sizes]
-        super().__init__(*sum(layers, []))
+        super().__init__(*chain.from_iterable(layers))
 
 
 class UNet(nn.Module):

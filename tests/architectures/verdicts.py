@@ -15,9 +15,9 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim
 from tests.architectures.catalogue import Architecture, build
-from tests.unit.padding.oracle import Region, dynamic, refute, regions
+from tests.unit.padding.oracle import Region, dynamic, recorded, refute
 
-SIZE = 5
+SIZES = (5, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,18 @@ class Finding:
 
 
 def findings(architecture: Architecture) -> list[Finding]:
-    """One per region of a call with a dynamic batch, as the backend would analyse them."""
+    """One per region of a model served with two batch sizes, as the backend would analyse them.
+
+    After a graph break, Dynamo takes sizes as fixed until a second call shows that they change. So of the compilations
+    of one frame the last counts.
+    """
     model, batch = build(architecture)
-    found = regions(model, fullgraph=False, **_with_dynamic_batch(batch(SIZE)))
-    return [_analysed(region, number) for number, region in enumerate(found)]
+    compiled, found = recorded(model, fullgraph=False)
+    with torch.no_grad():
+        for size in SIZES:
+            compiled(**_with_dynamic_batch(batch(size)))
+    last = {region.frame: region for region in found}
+    return [_analysed(region, number) for number, region in enumerate(last.values())]
 
 
 def _analysed(region: Region, number: int) -> Finding:
@@ -81,3 +89,15 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif hasattr(value, "layers"):  # a cache of transformers
         for layer in value.layers:
             yield from (layer.keys, layer.values)
+
+
+def surprise(architecture: Architecture, found: list[Finding]) -> str | None:
+    """What is not as the catalogue expects, or not true when run; None if all is well."""
+    reasons = [str(refusal) for finding in found for refusal in finding.refusals]
+    if not any(finding.dims for finding in found):
+        return "no region has a dynamic dim"
+    if architecture.refused is None and reasons:
+        return f"refused: {'; '.join(reasons)}"
+    if architecture.refused is not None and not any(architecture.refused in reason for reason in reasons):
+        return f"to be refused for {architecture.refused!r}, but got {reasons}"
+    return next((problem for finding in found if (problem := finding.refutation())), None)
