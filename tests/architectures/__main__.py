@@ -39,7 +39,8 @@ def main() -> int:
     if arguments.write is not None and not surprises:
         arguments.write.parent.mkdir(parents=True, exist_ok=True)
         arguments.write.write_text(document(rows, arguments.write.as_posix()))
-    print(*surprises, sep="\n", file=sys.stderr)
+    for problem in surprises:
+        print(problem, file=sys.stderr)
     return 1 if surprises else 0
 
 
