@@ -22,9 +22,10 @@ Each architecture is built small with random weights, compiled with the batch ma
 sizes. The analysis is the backend's own; text models get an attention mask with rows of different lengths. Every padded
 verdict was then tested by running the graph with padded rows: the real rows must not change.
 
-{padded} of {all} are padded throughout. *Padded rows hold* says what the proof needs: anything (tested with NaN and
-the largest numbers, too), or a copy of the last real row, the default fill. A refusal is no error: such a dim gets one
-graph per batch size, and what can't be captured runs as Inductor compiled it.
+{padded} of {all} are padded throughout; *partly* means that of several dims or regions some are refused.
+*Padded rows hold* says what the proof needs: anything (tested with NaN and the largest numbers, too), or a copy of the
+last real row, the default fill. A refusal is no error: such a dim gets one graph per batch size, and what can't be
+captured runs as Inductor compiled it. It means that padding is not proven, not that it would be wrong.
 """
 
 
@@ -44,12 +45,13 @@ class Row:
 
 def row(architecture: Architecture, found: list[Finding]) -> Row:
     refusals = [refusal for finding in found for refusal in finding.refusals]
-    needs_fill = any(dim.needs_fill for finding in found for dim in finding.dims if dim.refusal is None)
+    padded = [dim for finding in found for dim in finding.dims if dim.refusal is None and not finding.uncapturable]
+    verdict = ("partly" if padded else "refused") if refusals else "padded"
     return Row(
         architecture,
         regions=len(found),
-        verdict="refused" if refusals else "padded",
-        holds="" if refusals else "last row" if needs_fill else "anything",
+        verdict=verdict,
+        holds=("last row" if any(dim.needs_fill for dim in padded) else "anything") if padded else "",
         reason="; ".join(dict.fromkeys(map(_reason, refusals))),
     )
 

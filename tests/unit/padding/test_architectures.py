@@ -67,5 +67,5 @@ def test_a_wrong_expectation_is_told():
 
 
 def test_the_table_lists_every_architecture_with_its_verdict():
-    rows = re.findall(r"^\| (.+?) \| \d+ \| (padded|refused) \|", TABLE.read_text(), re.MULTILINE)
-    assert rows == [(a.name, "refused" if a.refused else "padded") for a in ARCHITECTURES]
+    rows = re.findall(r"^\| (.+?) \| \d+ \| (padded|partly|refused) \|", TABLE.read_text(), re.MULTILINE)
+    assert [(name, verdict == "padded") for name, verdict in rows] == [(a.name, not a.refused) for a in ARCHITECTURES]
