@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import sympy
@@ -10,6 +11,7 @@ from torch.fx import Graph, GraphModule
 
 from cudagraph_backend.analysis.padding import Verdict, masks, prove
 from cudagraph_backend.analysis.probing import probe_refusal
+from cudagraph_backend.analysis.source import first_use
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
@@ -34,7 +36,7 @@ def dynamic_dims(
     refused = [v.symbols for v in verdicts if v.refusal is not None]
     counts: list[CountInput] = []
     for dim in refused if options.pad in ("prove", "probe") else ():
-        if _refused_layouts(dim, inputs) is None:
+        if _refused_layouts(module.graph, dim, inputs) is None:
             verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
     return tuple(_dim(module.graph, verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
 
@@ -51,7 +53,7 @@ def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: 
     to_probe, unproven = None, verdict.refusal
     if options.pad == "probe" and unproven is not None:
         to_probe, unproven = unproven, probe_refusal(graph, unproven)
-    refusal = unproven or _refused_layouts(verdict.symbols, inputs)
+    refusal = unproven or _refused_layouts(graph, verdict.symbols, inputs)
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
@@ -75,7 +77,8 @@ def _verdict(
     alone = verdict = prove(graph, symbols, fill, masked=masked)
     while verdict.refusal is not None and verdict.link - verdict.symbols:
         verdict = prove(graph, verdict.symbols | verdict.link, fill, masked=masked)
-    return alone if verdict.refusal is not None else verdict
+    # A refusal that linking does not cure is the deeper one, and the same for all the dims that would be linked.
+    return verdict if verdict.refusal is None else replace(alone, refusal=verdict.refusal)
 
 
 def _masked(
@@ -93,22 +96,34 @@ def _masked(
     return verdict
 
 
-def _refused_layouts(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
-    layouts = (refusal for i in inputs if (refusal := _refused_layout(i, symbols)))
+def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+    layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols)))
     return _refused_number(symbols, inputs) or next(layouts, None)
 
 
 def _refused_number(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
-    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad."""
+    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad.
+
+    One that is linked to a dim has that dim's rows.
+    """
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
-    return None if symbols <= in_sizes else Refusal("it is the size of no input's dim")
+    if symbols & in_sizes:
+        return None
+    strided = next((r for i in inputs if (r := _refused_stride(i, symbols))), None)
+    return strided or Refusal("it is the size of no input's dim")
+
+
+def _refused_stride(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
+    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
+    if (tensor.symbols - in_sizes) & symbols:
+        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
+    return None
 
 
 def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
     """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
-    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
-    if (tensor.symbols - in_sizes) & symbols:
-        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
+    if (refusal := _refused_stride(tensor, symbols)) is not None:
+        return refusal
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
         if size.free_symbols & symbols and not _is_multiple(size, symbols):
             return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
@@ -116,6 +131,12 @@ def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
             reason = f"is expanded along the dynamic dim, so its padded rows can't be {tensor.fill}"
             return Refusal(f"input {tensor.name} {reason}")
     return None
+
+
+def _located(graph: Graph, tensor: TensorInput, refusal: Refusal) -> Refusal:
+    """``refusal`` of an input, with the source line that reads it: the graph's names of inputs are not the user's."""
+    placeholder = next(node for node in graph.find_nodes(op="placeholder") if str(node.target) == tensor.name)
+    return replace(refusal, source=first_use(placeholder))
 
 
 def _is_multiple(size: sympy.Expr, symbols: Symbols) -> bool:

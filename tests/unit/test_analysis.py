@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sympy
 import torch
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
@@ -162,6 +164,50 @@ def test_a_node_without_a_stack_has_no_source_line():
     assert source_line(Graph().placeholder("x")) is None
 
 
+def test_frames_of_torch_are_no_users_frames():
+    node = Graph().placeholder("x")
+    inside = Path(torch.__file__).parent / "_dynamo" / "polyfills" / "__init__.py"
+    frames = [("/home/user/model.py", "y = all(z)"), (str(inside), "return elem")]
+    node.meta["stack_trace"] = "".join(f'  File "{file}", line 3, in f\n    {code}\n' for file, code in frames)
+    assert source_line(node) == "/home/user/model.py:3 in f: y = all(z)"
+
+
+def test_layers_without_a_users_frame_are_named_by_their_path():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Softmax(0)))
+    region = region_of(model, torch.randn(6, 4))
+    (refusal,) = (dim.refusal for dim in region.dims)
+    assert refusal.source == "module 1.1 (Softmax)"
+    assert region.source_lines == ("module Sequential",)
+
+
+def test_a_layer_compiled_by_itself_is_named_by_its_class():
+    (refusal,) = (dim.refusal for dim in region_of(nn.Softmax(0), torch.randn(6, 4)).dims if dim.refusal)
+    assert refusal.source == "module Softmax"
+
+
+def test_a_refused_input_is_named_by_the_line_that_reads_it():
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() * 2
+
+    region = region_of(model, torch.randn(1, 4).expand(6, 4), fill="zero")
+    (refusal,) = (dim.refusal for dim in region.dims if dim.refusal)
+    assert "is expanded along the dynamic dim" in refusal.reason
+    assert str(refusal.source).endswith("in model: return x.sin() * 2")
+
+
+def test_a_layer_called_by_a_user_is_named_by_the_users_line():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.ReLU(), nn.Softmax(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    refusals = [dim.refusal for dim in region_of(Model(), torch.randn(6, 4)).dims if dim.refusal]
+    assert [r.source.split(" in ")[1] for r in refusals] == ["forward: return self.layers(x)"]
+
+
 # ------------------------------------------------------------------------------------------------ dims
 
 
@@ -282,7 +328,25 @@ def test_a_size_that_is_a_product_of_two_dims_is_not_padded_along_both():
 def test_a_dynamic_stride_without_a_dynamic_size_is_not_padded():
     region = region_of(lambda x: x * 2, torch.randn(6, 5)[:, 0], pad="assume")
     assert verdicts(region)[0] is None
-    assert "it is the size of no input's dim" in str(verdicts(region)[1])
+    assert "has a dynamic stride, not a dynamic size" in str(verdicts(region)[1])
+
+
+def test_an_int_argument_is_padded_with_the_dim_that_it_counts():
+    """As after a graph break: the size comes as an int, the tensor that it was read from does not come along."""
+
+    def model(mask: torch.Tensor, n: int) -> torch.Tensor:
+        return mask[torch.arange(n)[:, None], torch.arange(4)]
+
+    region = region_of(model, torch.randn(7, 4), 6)
+    (linked,) = (dim for dim in region.dims if len(dim.symbols) > 1)
+    counted = {size.size for size in region.sizes} - {size for tensor in region.inputs for size in tensor.size}
+    assert linked.refusal is None
+    assert len(counted & linked.symbols) == 1
+
+
+def test_an_int_argument_alone_has_no_rows():
+    region = region_of(lambda x, n: x[:, None].expand(-1, n) * 2, torch.randn(6), 9)
+    assert "it is the size of no input's dim" in [v and v.split(" (")[0] for v in verdicts(region).values()]
 
 
 def test_expanded_rows_can_not_be_filled_with_zeros():

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from cudagraph_backend.analysis.source import source_line
+from cudagraph_backend.analysis.source import first_use, source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill
 from cudagraph_backend.torch_internals import SYMBOLIC, is_operator, operator_name, operator_schema
@@ -105,7 +105,7 @@ class _Walk:
         """The refusal, with the operator and source line that brought it about."""
         node = self.node
         if node is None or node.op != "call_function":
-            return Refusal(refused.reason)
+            return Refusal(refused.reason, source=first_use(node) if node is not None else None)
         if node.target is operator.getitem and isinstance(node.args[0], Node):
             node = node.args[0]
         return Refusal(refused.reason, str(node.target), source_line(node))

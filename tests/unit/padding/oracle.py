@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from cudagraph_backend import torch_internals
 from cudagraph_backend.analysis.padding import Verdict, masks, prove
 
 Fill = Literal["replica", "zero", "poison", "extreme"]
@@ -28,10 +29,11 @@ _NUMBERS = (torch.SymInt, torch.SymFloat)
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A graph as Inductor gets it, and the arguments of one call of it."""
+    """A graph as Inductor gets it, the arguments of one call of it, and Dynamo's number for the Python frame."""
 
     module: GraphModule
     args: tuple[Any, ...]
+    frame: int | None = None
 
     @property
     def metas(self) -> list[Any]:
@@ -102,17 +104,28 @@ def dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
 
 def regions(function: Callable[..., Any], *args: Any, grad: bool = False, **kwargs: Any) -> list[Region]:
     """The regions of one call of ``function``, by way of Dynamo and AOTAutograd; Inductor itself is not run."""
-    found: list[Region] = []
-
-    def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_fx(module, inputs, inner_compile=lambda inner, *_, **__: _recorder(inner, found))
-
-    torch._dynamo.reset()
-    with torch.set_grad_enabled(grad), torch._functorch.config.patch(enable_autograd_cache=False):
-        result = torch.compile(function, backend=backend, fullgraph=True)(*args, **kwargs)
+    compiled, found = recorded(function)
+    with torch.set_grad_enabled(grad):
+        result = compiled(*args, **kwargs)
         if grad:
             result.backward(torch.ones_like(result))
     return found
+
+
+def recorded(function: Callable[..., Any], fullgraph: bool = True) -> tuple[Callable[..., Any], list[Region]]:
+    """``function`` compiled, and a list to which its calls add the regions they compile.
+
+    Without ``fullgraph`` there may be graph breaks; each graph gives a region, again if it is compiled again.
+    """
+    found: list[Region] = []
+
+    def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
+        frame = torch_internals.current_frame_id()
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return compile_fx(module, inputs, inner_compile=lambda inner, *_, **__: _recorder(inner, frame, found))
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=fullgraph), found
 
 
 def region(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Region:
@@ -143,10 +156,10 @@ def _guards_hold(shape_env: ShapeEnv, sizes: dict[sympy.Symbol, int]) -> bool:
     return inside and all(guard.expr.subs(sizes) != sympy.false for guard in shape_env.guards)
 
 
-def _recorder(module: GraphModule, found: list[Region]) -> Callable[[list[Any]], Any]:
+def _recorder(module: GraphModule, frame: int | None, found: list[Region]) -> Callable[[list[Any]], Any]:
     def run(args: list[Any]) -> Any:
         copies = tuple(arg.detach().clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        found.append(Region(module, copies))
+        found.append(Region(module, copies, frame))
         with torch.no_grad():
             return Interpreter(module).run(*args)
 

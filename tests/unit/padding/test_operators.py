@@ -113,7 +113,12 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "prelu": (lambda x: aten._prelu_kernel(x, weights(7)), (6, 7), {0}),
     "frexp": (lambda x: aten.frexp(x)[1] * 1, (6, 7), {0, 1}),
     "embedding of columns": (lambda x: aten.embedding(x, FIXED), (6, 7), {1}),
-    "fft": (lambda x: aten._fft_r2c(x, [1], 0, True), (6, 7), set()),
+    "as_strided": (lambda x: x.as_strided([x.shape[0], x.shape[2]], [x.shape[2], 1]) * 1, (6, 1, 7), {0, 2}),
+    "as_strided from the front": (lambda x: x.as_strided([3, 7], [7, 1]) * 1, (6, 7), set()),
+    "as_strided to windows": (lambda x: x.as_strided([x.shape[0] - 1, 2], [1, 1]) * 1, (6,), set()),
+    "as_strided at an offset": (lambda x: x[1:].as_strided([x.shape[0] - 1, 7], [7, 1], 0) * 1, (6, 7), set()),
+    "as_strided across": (lambda x: x.t().as_strided([x.shape[1], 6], [6, 1]) * 1, (6, 7), set()),
+    "an operator without a rule": (lambda x: aten.ormqr(x, weights(6, 7)[:, 0], x), (6, 6), set()),
 }
 
 

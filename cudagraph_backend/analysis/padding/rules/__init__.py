@@ -10,6 +10,7 @@ from . import (
     random,
     reductions,
     scans,
+    transforms,
     views,
     writes,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "random",
     "reductions",
     "scans",
+    "transforms",
     "views",
     "writes",
 ]

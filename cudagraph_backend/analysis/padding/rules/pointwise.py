@@ -32,6 +32,7 @@ _DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.")
     "aten::_neg_view",
     "aten::_prelu_kernel",
     "aten::_to_copy",
+    "aten::complex",
     "aten::copy",
     "aten::floor_divide",
     "aten::lift_fresh_copy",

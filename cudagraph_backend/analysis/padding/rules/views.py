@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import sympy
 
@@ -229,7 +231,23 @@ def triangle(call: Call) -> Results:
     return in_order(call.keep(Fact.ZERO)) if inner else call.keep(Fact.ZERO | Fact.REPLICA)
 
 
-@rule("aten::as_strided")
+@rule("aten::as_strided", sizes=("size", "stride"))
 def as_strided(call: Call) -> Results:
-    """Strides say nothing of rows."""
-    raise RefusePadding("strides over rows")
+    """A reshape, if all entries in memory are read in order; otherwise strides say nothing of rows."""
+    operand = call.only("self")
+    val = call.node.args[0].meta["val"]  # type: ignore[union-attr]
+    strides = [call.sizes.expr(stride) for stride in val.stride()]
+    dense = is_dense(operand.shape, strides) and is_dense(call["size"], call["stride"])
+    if call["storage_offset"] is not None or not dense or product(operand.shape) != product(call["size"]):
+        raise RefusePadding("strides over rows")
+    return reshape(call)
+
+
+def is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
+    """Whether the entries lie in memory one after the other, the last dim's next to each other."""
+    expected = sympy.S.One
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and sympy.expand(stride - expected) != 0:
+            return False
+        expected = sympy.expand(expected * size)
+    return True
