@@ -46,7 +46,9 @@ def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], 
     if any(symbols < verdict.symbols for verdict in verdicts):
         return verdicts
     verdict = judge(symbols)
-    return [*(other for other in verdicts if not other.symbols & verdict.symbols), verdict]
+    first = next((i for i, other in enumerate(verdicts) if other.symbols & verdict.symbols), len(verdicts))
+    others = [other for other in verdicts[first:] if not other.symbols & verdict.symbols]
+    return [*verdicts[:first], verdict, *others]
 
 
 def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:

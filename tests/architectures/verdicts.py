@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from cudagraph_backend.analysis import analyse, complete
+from cudagraph_backend.analysis.padding import Verdict
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim
@@ -36,8 +37,8 @@ class Finding:
 
     def refutation(self) -> str | None:
         """What is not as promised when the region is run with padded rows; None if all is well."""
-        safe = [dim for dim in self.dims if dim.refusal is None]
-        return next((problem for dim in safe if (problem := refute(self.region, dim))), None)
+        safe = [Verdict(dim.symbols, None, dim.needs_fill) for dim in self.dims if dim.refusal is None]
+        return next((problem for verdict in safe if (problem := refute(self.region, verdict))), None)
 
 
 def findings(architecture: Architecture) -> list[Finding]:
@@ -56,9 +57,11 @@ def findings(architecture: Architecture) -> list[Finding]:
 
 
 def _analysed(region: Region, number: int) -> Finding:
-    analysed = analyse(region.module.graph, region.metas, "inference", (), Options(), number)
+    sizes = region.sizes()
+    analysed = analyse(region.module, region.metas, "inference", (), Options(), number)  # puts masks into the module
     completed = complete(analysed, _as_compiled(region))
-    return Finding(region, completed.dims, completed.refusal)
+    counts = [count.make(sizes, torch.device("cpu")) for count in analysed.counts]
+    return Finding(replace(region, args=(*region.args, *counts)), completed.dims, completed.refusal)
 
 
 def _as_compiled(region: Region) -> SimpleNamespace:

@@ -173,16 +173,16 @@ def test_frames_of_torch_are_no_users_frames():
 
 
 def test_layers_without_a_users_frame_are_named_by_their_path():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Softmax(0)))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)))
     region = region_of(model, torch.randn(6, 4))
     (refusal,) = (dim.refusal for dim in region.dims)
-    assert refusal.source == "module 1.1 (Softmax)"
+    assert refusal.source == "module 1.1 (BatchNorm1d)"
     assert region.source_lines == ("module Sequential",)
 
 
 def test_a_layer_compiled_by_itself_is_named_by_its_class():
-    (refusal,) = (dim.refusal for dim in region_of(nn.Softmax(0), torch.randn(6, 4)).dims if dim.refusal)
-    assert refusal.source == "module Softmax"
+    (refusal,) = (dim.refusal for dim in region_of(nn.BatchNorm1d(4), torch.randn(6, 4)).dims if dim.refusal)
+    assert refusal.source == "module BatchNorm1d"
 
 
 def test_a_refused_input_is_named_by_the_line_that_reads_it():
@@ -199,7 +199,7 @@ def test_a_layer_called_by_a_user_is_named_by_the_users_line():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(nn.ReLU(), nn.Softmax(0))
+            self.layers = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layers(x)
