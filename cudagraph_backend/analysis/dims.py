@@ -13,7 +13,7 @@ from cudagraph_backend.analysis.source import first_use
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, SizeInput, TensorInput
-from cudagraph_backend.torch_internals import Shapes
+from cudagraph_backend.torch_internals import SYMBOLIC, Shapes, expr
 
 
 def dynamic_dims(
@@ -37,7 +37,7 @@ def _dim(
     verdict = _linked_verdict(graph, symbols, options)
     refusal = (
         verdict.refusal
-        or _refused_number(verdict.symbols, inputs)
+        or _refused_number(graph, verdict.symbols, inputs)
         or next((_located(graph, i, r) for i in inputs if (r := _refused_layout(i, verdict.symbols, options))), None)
     )
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
@@ -62,7 +62,7 @@ def _linked_verdict(graph: Graph, symbols: frozenset[sympy.Symbol], options: Opt
     return verdict if verdict.refusal is None else replace(alone, refusal=verdict.refusal)
 
 
-def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput]) -> Refusal | None:
+def _refused_number(graph: Graph, symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInput]) -> Refusal | None:
     """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad.
 
     One that is linked to a dim has that dim's rows.
@@ -70,8 +70,13 @@ def _refused_number(symbols: frozenset[sympy.Symbol], inputs: Sequence[TensorInp
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
     if symbols & in_sizes:
         return None
-    strided = next((r for i in inputs if (r := _refused_stride(i, symbols))), None)
-    return strided or Refusal("it is the size of no input's dim")
+    strided = next((_located(graph, i, r) for i in inputs if (r := _refused_stride(i, symbols))), None)
+    return strided or Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
+
+
+def _read_at(graph: Graph, symbols: frozenset[sympy.Symbol]) -> str | None:
+    numbers = (n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), SYMBOLIC))
+    return next((first_use(number) for number in numbers if expr(number.meta["val"]) in symbols), None)
 
 
 def _refused_stride(tensor: TensorInput, symbols: frozenset[sympy.Symbol]) -> Refusal | None:
