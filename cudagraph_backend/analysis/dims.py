@@ -15,7 +15,7 @@ from cudagraph_backend.analysis.source import first_use
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
-from cudagraph_backend.torch_internals import Shapes
+from cudagraph_backend.torch_internals import SYMBOLIC, Shapes, expr
 
 Symbols: TypeAlias = "frozenset[sympy.Symbol]"
 
@@ -100,10 +100,10 @@ def _masked(
 
 def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
     layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols)))
-    return _refused_number(symbols, inputs) or next(layouts, None)
+    return _refused_number(graph, symbols, inputs) or next(layouts, None)
 
 
-def _refused_number(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
     """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad.
 
     One that is linked to a dim has that dim's rows.
@@ -111,8 +111,13 @@ def _refused_number(symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal 
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
     if symbols & in_sizes:
         return None
-    strided = next((r for i in inputs if (r := _refused_stride(i, symbols))), None)
-    return strided or Refusal("it is the size of no input's dim")
+    strided = next((_located(graph, i, r) for i in inputs if (r := _refused_stride(i, symbols))), None)
+    return strided or Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
+
+
+def _read_at(graph: Graph, symbols: Symbols) -> str | None:
+    numbers = (n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), SYMBOLIC))
+    return next((first_use(number) for number in numbers if expr(number.meta["val"]) in symbols), None)
 
 
 def _refused_stride(tensor: TensorInput, symbols: Symbols) -> Refusal | None:

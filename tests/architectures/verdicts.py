@@ -96,11 +96,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def surprise(architecture: Architecture, found: list[Finding]) -> str | None:
     """What is not as the catalogue expects, or not true when run; None if all is well."""
-    reasons = [str(refusal) for finding in found for refusal in finding.refusals]
+    refusals = [refusal for finding in found for refusal in finding.refusals]
+    reasons = [str(refusal) for refusal in refusals]
     if not any(finding.dims for finding in found):
         return "no region has a dynamic dim"
     if architecture.refused is None and reasons:
         return f"refused: {'; '.join(reasons)}"
     if architecture.refused is not None and not any(architecture.refused in reason for reason in reasons):
         return f"to be refused for {architecture.refused!r}, but got {reasons}"
+    if any(refusal.source is None for refusal in refusals):
+        return f"refused without a source line: {reasons}"
     return next((problem for finding in found if (problem := finding.refutation())), None)

@@ -94,3 +94,18 @@ def test_one_region_for_many_layers(device):
             for layer in layers:
                 x, expected = layer(x), torch.nn.functional.linear(expected, layer.weight, layer.bias)
             torch.testing.assert_close(x, expected)
+
+
+def test_an_int_that_counts_the_rows_of_an_argument(device):
+    """As after a graph break. In calls in which it counts something else, nothing is padded."""
+
+    def function(x, n):
+        return x[torch.arange(n, device=device)[:, None], torch.arange(4, device=device)] * 2
+
+    compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for rows, n in ((7, 7), (5, 5), (9, 9), (9, 6), (12, 12), (13, 11), (3, 3)):
+            x = torch.randn(rows, 4, device=device)
+            assert torch.equal(compiled(x, n), function(x, n))
+    assert sg.stats().fallbacks == {}
+    assert sg.stats().rows_padded > 0

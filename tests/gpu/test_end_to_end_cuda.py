@@ -7,6 +7,7 @@ from tests.end_to_end.test_lifetimes import *  # noqa: F403
 from tests.end_to_end.test_models import *  # noqa: F403
 from tests.end_to_end.test_probe import *  # noqa: F403
 from tests.end_to_end.test_regressions import *  # noqa: F403
+from tests.end_to_end.test_sequences import *  # noqa: F403
 from tests.end_to_end.test_training import *  # noqa: F403
 from tests.end_to_end.test_users_rules import *  # noqa: F403
 from tests.end_to_end.test_values import *  # noqa: F403
