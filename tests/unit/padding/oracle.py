@@ -167,6 +167,16 @@ def refute(region: Region, verdict: Verdict, fill: Literal["replica", "zero"] = 
     return next((problem for problem in found if problem), None)
 
 
+def equal_runs(region: Region, seeds: Sequence[int]) -> bool:
+    """Whether the region gives the same results with each of ``seeds``."""
+    results = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        results.append(_run(region.module, [_clone(arg) for arg in region.args]))
+    pairs = [pair for pair in zip(*results, strict=True) if isinstance(pair[0], torch.Tensor)]
+    return all(_difference(first, other, 0.0) is None for first, *others in pairs for other in others)
+
+
 def _run(module: GraphModule, inputs: list[Any]) -> list[Any]:
     """The outputs, then the inputs as the run leaves them."""
     with torch.no_grad():
