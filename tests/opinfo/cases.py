@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -40,6 +42,10 @@ class Sample:
     tensors: tuple[torch.Tensor, ...]
 
 
+#: Stands for the samples of an operator that has none on the CPU.
+NO_SAMPLE = Sample(-1, lambda: [], ())
+
+
 def dtype_of(op: OpInfo) -> torch.dtype:
     """Float32 if the operator takes it, else the first other that it does."""
     supported = op.supported_dtypes("cpu")
@@ -53,7 +59,10 @@ def samples_of(op: OpInfo, at_most: int) -> list[Sample]:
         plant(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inputs = list(op.sample_inputs("cpu", dtype_of(op), requires_grad=False))
+        try:
+            inputs = list(op.sample_inputs("cpu", dtype_of(op), requires_grad=False))
+        except Exception:  # some operators' samples are for a GPU
+            inputs = []
     last, count = len(inputs) - 1, min(at_most, len(inputs))
     chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
     return [_sample(op, number, inputs[number]) for number in chosen]
@@ -94,7 +103,7 @@ def _unified(sample: Sample) -> list[Dims]:
     shape_env = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(tensor, symbolic_context=_all_dynamic(tensor)) for tensor in sample.tensors]
-    with mode, torch.no_grad(), _quiet():
+    with mode, enable_python_dispatcher(), torch.no_grad(), _quiet():
         sample.function(*fakes)
     groups: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     for place in _places(sample.tensors):
@@ -112,7 +121,8 @@ def _guessed(tensors: Sequence[torch.Tensor]) -> list[Dims]:
 
 
 def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(arg, dim) for arg, tensor in enumerate(tensors) for dim, size in enumerate(tensor.shape) if size > 1]
+    full = [(arg, tensor) for arg, tensor in enumerate(tensors) if tensor.numel()]
+    return [(arg, dim) for arg, tensor in full for dim, size in enumerate(tensor.shape) if size > 1]
 
 
 def _all_dynamic(tensor: torch.Tensor) -> StatelessSymbolicContext[Any, Any]:
@@ -127,7 +137,30 @@ def trace(sample: Sample, dims: Dims) -> Region:
         marked = getattr(args[arg], "_dynamo_dynamic_indices", set())
         args[arg]._dynamo_dynamic_indices = marked | {dim}  # type: ignore[attr-defined]
     with _quiet():
-        return traced(torch.func.functionalize(sample.function, remove="mutations"), *args)
+        return traced(_functional(sample.function), *args)
+
+
+def _functional(function: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+    """As AOTAutograd does it: no operator writes in place, except for ``copy_`` into the inputs at the very end."""
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        with FunctionalTensorMode():
+            wrapped = [FunctionalTensor.to_functional(tensor) for tensor in tensors]
+            results = function(*wrapped)
+        found = [_unwrapped(result) for result in results]
+        for tensor, after in zip(tensors, map(_unwrapped, wrapped), strict=True):
+            if after is not tensor:
+                tensor.copy_(after)
+        return found
+
+    return run
+
+
+def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
 
 
 @contextlib.contextmanager
@@ -139,5 +172,5 @@ def _quiet() -> Iterator[None]:
 
 def cases_of(op: OpInfo, at_most: int) -> Iterator[tuple[Sample, Dims]]:
     """Every sample of ``op`` with every set of dims; a sample without any dim comes once, with none."""
-    for sample in samples_of(op, at_most):
+    for sample in samples_of(op, at_most) or [NO_SAMPLE]:
         yield from itertools.product([sample], groups_of(sample) or [()])

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from cudagraph_backend.analysis.padding import Verdict
-from tests.opinfo.cases import Dims, Sample, trace
+from tests.opinfo.cases import NO_SAMPLE, Dims, Sample, trace
 from tests.unit.padding.oracle import Fill, Region, equal_runs, refutation
 
 FILLS: tuple[Fill, ...] = ("replica", "zero", "poison", "extreme")
@@ -16,7 +16,15 @@ TOLERANCE = 1e-4
 
 #: Why a case can't be judged, if it can't.
 Kind = Literal[
-    "judged", "no dynamic dim", "size is fixed", "not traceable", "random", "no larger size", "does not run", "crashed"
+    "judged",
+    "no samples",
+    "no dynamic dim",
+    "size is fixed",
+    "not traceable",
+    "random",
+    "no larger size",
+    "does not run",
+    "crashed",
 ]
 
 
@@ -76,7 +84,7 @@ def judge(op: str, sample: Sample, dims: Dims, report=lambda outcome: None) -> O
     outcome = Outcome(op, sample.number, " ".join(f"{arg}.{dim}" for arg, dim in dims))
     report(outcome)
     if not dims:
-        outcome.kind = "no dynamic dim"
+        outcome.kind = "no samples" if sample is NO_SAMPLE else "no dynamic dim"
         return outcome
     try:
         region = trace(sample, dims)
@@ -130,7 +138,6 @@ def _take_verdicts(region: Region, outcome: Outcome) -> Verdict:
 def _truth(region: Region, verdict: Verdict, fill: Fill) -> str | None:
     for bucket in region.buckets(*verdict.symbols)[:2]:
         try:
-            torch.manual_seed(0)
             problem = refutation(region, verdict, bucket, fill, TOLERANCE)
         except Exception as error:  # an index out of range, a matrix that has no inverse, a shape that data decides, ...
             problem = f"{type(error).__name__}: {error}"

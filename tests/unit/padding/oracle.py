@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,7 +109,7 @@ def traced(function: Callable[..., Any], *args: torch.Tensor, decompose: bool = 
     """The region of ``function`` traced without Dynamo: quick, and if asked for, with operators left as they are."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(arg, symbolic_context=_context(arg)) for arg in args]
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         module = make_fx(function, decomposition_table=select_decomp_table() if decompose else {})(*fakes)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -169,18 +170,24 @@ def refute(region: Region, verdict: Verdict, fill: Literal["replica", "zero"] = 
 
 def equal_runs(region: Region, seeds: Sequence[int]) -> bool:
     """Whether the region gives the same results with each of ``seeds``."""
-    results = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        results.append(_run(region.module, [_clone(arg) for arg in region.args]))
+    results = [_run(region.module, [_clone(arg) for arg in region.args], seed) for seed in seeds]
     pairs = [pair for pair in zip(*results, strict=True) if isinstance(pair[0], torch.Tensor)]
     return all(_difference(first, other, 0.0) is None for first, *others in pairs for other in others)
 
 
-def _run(module: GraphModule, inputs: list[Any]) -> list[Any]:
+class _Repeatable(Interpreter):
+    """Memory that an operator leaves uninitialised holds the same in every run."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        return result.fill_(_hostile(result.dtype, "poison")) if "empty" in str(target) else result
+
+
+def _run(module: GraphModule, inputs: list[Any], seed: int = 0) -> list[Any]:
     """The outputs, then the inputs as the run leaves them."""
+    torch.manual_seed(seed)
     with torch.no_grad():
-        outputs = Interpreter(module).run(*inputs)
+        outputs = _Repeatable(module).run(*inputs)
     return [*(_clone(output) for output in _flat(outputs)), *inputs]
 
 

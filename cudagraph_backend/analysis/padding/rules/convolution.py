@@ -8,10 +8,22 @@ from ..lattice import FREE, Fact, RefusePadding, Results
 
 @rule("aten::convolution", "aten::_convolution")
 def convolution(call: Call) -> Results:
-    """Rows along the batch."""
-    image = call.only("input")
+    """Rows along the batch, or along the output channels."""
+    image = call["input"]
+    if image.rows is FREE:
+        return _by_channel(call)
+    call.only("input")
     if image.row_dim != 0 or len(image.shape) != len(call["weight"].shape):
         raise RefusePadding("convolves over the padded rows")
+    return call.keep(Fact.REPLICA)
+
+
+def _by_channel(call: Call) -> Results:
+    weight, bias = call["weight"], call["bias"]
+    if call["groups"] != 1 or weight.row_dim != (1 if call["transposed"] else 0):
+        raise RefusePadding("convolves over the padded rows")
+    if bias is not None and bias.rows is FREE:
+        raise RefusePadding("rows meet a dim of another size")
     return call.keep(Fact.REPLICA)
 
 
@@ -85,7 +97,10 @@ _over_last(
 
 @rule("aten::grid_sampler_2d", "aten::grid_sampler_3d")
 def grid_sampler(call: Call) -> Results:
-    """Each image with its own grid."""
-    if call["input"].row_dim != 0 or call["grid"].row_dim != 0:
+    """Each image with its own grid; or rows along the channels, or along the places to sample at."""
+    image, grid = call["input"], call["grid"]
+    by_channel = image.row_dim == 1 and grid.rows is FREE
+    by_place = image.rows is FREE and grid.row_dim in range(1, len(grid.shape) - 1)
+    if (image.row_dim, grid.row_dim) != (0, 0) and not by_channel and not by_place:
         raise RefusePadding("samples over the padded rows")
     return call.keep(Fact.REPLICA)

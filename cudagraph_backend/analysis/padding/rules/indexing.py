@@ -105,6 +105,42 @@ def bucketize(call: Call) -> Results:
     return call.keep(Fact.NOTHING)
 
 
+@rule("aten::searchsorted.Tensor", "aten::searchsorted.Scalar")
+def searchsorted(call: Call) -> Results:
+    """As :func:`bucketize`; or each row's entries among the row's own boundaries."""
+    boundaries, entries = call["sorted_sequence"], call["self"]
+    if boundaries.rows is FREE and len(boundaries.shape) == 1:
+        call.only("self")
+        return call.keep(Fact.NOTHING)
+    if boundaries.row_dim == len(boundaries.shape) - 1:
+        raise RefusePadding("searches among the padded rows")
+    if not isinstance(entries, Operand):
+        return call.keep(Fact.NOTHING)
+    if entries.place == -1 and boundaries.rows is FREE:
+        return call.keep(Fact.NOTHING)
+    meet(*call.operands)
+    return call.keep(Fact.NOTHING)
+
+
+@rule("aten::index_reduce")
+def index_reduce(call: Call) -> Results:
+    """Reduces along one dim: each row into its own row."""
+    operand, source = call["self"], call["source"]
+    _same_rows(operand, source)
+    if call["index"].rows is not FREE or operand.dim(call["dim"]) == operand.row_dim:
+        raise RefusePadding("writes to rows by numbers")
+    return call.keep(Fact.REPLICA)
+
+
+@rule("aten::_unsafe_masked_index")
+def masked_index(call: Call) -> Results:
+    """As :func:`index`, where a mask of the indices' shape allows; else a number."""
+    indices = _by_dim(call["indices"])
+    own = _reads(call["self"], indices)
+    meet(call["mask"], *indices.values())
+    return call.keep(Fact.REPLICA, call["mask"], *own)
+
+
 def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:
     return {dim: index for dim, index in enumerate(indices) if index is not None}
 

@@ -205,3 +205,24 @@ def triangle(call: Call) -> Results:
 def as_strided(call: Call) -> Results:
     """Strides say nothing of rows."""
     raise RefusePadding("strides over rows")
+
+
+@rule("aten::diagonal")
+def diagonal(call: Call) -> Results:
+    """The diagonal over two other dims."""
+    operand = call["self"]
+    if operand.row_dim in (operand.dim(call["dim1"]), operand.dim(call["dim2"])):
+        raise RefusePadding("a diagonal over the rows")
+    return call.keep(Fact.ALL)
+
+
+@rule("aten::diagonal_scatter")
+def write_diagonal(call: Call) -> Results:
+    """Writes the diagonal over two other dims, which in ``src`` is the last dim."""
+    operand, source = call["self"], call["src"]
+    dims = (operand.dim(call["dim1"]), operand.dim(call["dim2"]))
+    if operand.rows is FREE or operand.row_dim in dims:
+        raise RefusePadding("a diagonal over the rows")
+    if source.row_dim != operand.row_dim - sum(dim < operand.row_dim for dim in dims):
+        raise RefusePadding("rows along different dims meet")
+    return call.keep(Fact.REPLICA | Fact.ZERO)

@@ -1,0 +1,15 @@
+"""Fourier transforms along other dims."""
+
+from __future__ import annotations
+
+from ..call import Call, rule
+from ..lattice import Fact, RefusePadding, Results
+
+
+@rule("aten::_fft_c2c", "aten::_fft_c2r", "aten::_fft_r2c")
+def transform(call: Call) -> Results:
+    """Each row is transformed for itself."""
+    operand = call["self"]
+    if operand.row_dim in [operand.dim(dim) for dim in call["dim"]]:
+        raise RefusePadding("transforms over the padded rows")
+    return call.keep(Fact.REPLICA | Fact.ZERO)
