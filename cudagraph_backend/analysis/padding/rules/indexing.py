@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from ..call import Call, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, common, meet
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, common, in_order, meet
 
 
 @rule("aten::embedding")
@@ -36,6 +36,9 @@ def gather(call: Call) -> Results:
     """Along another dim, each row reads from its own row; along the indexed dim, from a tensor free of rows."""
     operand, index = call["self"], call["index"]
     dim = operand.dim(call["dim"])
+    if index.rows is FREE:
+        _fixed_entries(operand)
+        return FREE
     _stays_inside(index, operand.shape[dim])
     if operand.rows is FREE:
         e = index.rows.dim
@@ -61,9 +64,13 @@ def gather(call: Call) -> Results:
     "aten::scatter_reduce.two",
 )
 def scatter(call: Call) -> Results:
-    """Along another dim, each row writes into its own row."""
+    """Along another dim, each row writes into its own row. Indices free of rows are of real rows."""
     operand, index, source = call["self"], call["index"], call["src"]
     dim = operand.dim(call["dim"])
+    if index.rows is FREE:
+        for other in filter(None, (operand, source)):
+            _fixed_entries(other)
+        return FREE if operand.rows is FREE else in_order(call.keep(Fact.ZERO, operand))
     for other in filter(None, (index, source)):
         _same_rows(operand, other)
     if operand.row_dim == dim:
@@ -90,6 +97,9 @@ def index_along(call: Call) -> Results:
 def write_slice(call: Call) -> Results:
     """Writes a fixed part of another dim."""
     operand, source, dim = call["self"], call["src"], call["self"].dim(call["dim"])
+    if source.rows is FREE and dim == operand.row_dim and _is_fixed_part(call):
+        _fixed_entries(operand)
+        return in_order(call.keep(Fact.ZERO, operand))
     if operand.rows is FREE or dim == operand.row_dim:
         raise RefusePadding("writes rows into a part of a tensor")
     drops_dim = len(source.shape) < len(operand.shape)
@@ -139,6 +149,23 @@ def masked_index(call: Call) -> Results:
     own = _reads(call["self"], indices)
     meet(call["mask"], *indices.values())
     return call.keep(Fact.REPLICA, call["mask"], *own)
+
+
+def _fixed_entries(operand: Operand) -> None:
+    """What is read or written at places free of rows is the same at every size, if it is counted from the front.
+
+    (The indices of ``gather`` and ``scatter`` can't be negative, and have no more entries than what they pick from.)
+    """
+    if operand.rows and not operand.rows.together:
+        raise RefusePadding("rows are at other places when padded")
+
+
+def _is_fixed_part(call: Call) -> bool:
+    """Whether a part from the front is meant, and wholly inside: one that is cut off would not fit the source."""
+    if isinstance(call["index"], int):
+        return call["index"] >= 0
+    start, end, step, size = call["start"] or 0, call["end"], call["step"], call["src"].shape[call["dim"]]
+    return all(isinstance(n, int) and n >= 0 for n in (start, end, step)) and len(range(start, end, step)) == size
 
 
 def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:

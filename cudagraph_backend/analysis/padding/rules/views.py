@@ -209,18 +209,23 @@ def as_strided(call: Call) -> Results:
 
 @rule("aten::diagonal")
 def diagonal(call: Call) -> Results:
-    """The diagonal over two other dims."""
+    """The diagonal over two other dims; or over the rows, where entry ``i`` is of row ``i`` or of a fixed one."""
     operand = call["self"]
-    if operand.row_dim in (operand.dim(call["dim1"]), operand.dim(call["dim2"])):
-        raise RefusePadding("a diagonal over the rows")
-    return call.keep(Fact.ALL)
+    if operand.row_dim not in _diagonal_dims(call):
+        return call.keep(Fact.ALL)
+    if not operand.rows.together:
+        raise RefusePadding("rows are at other places when padded")
+    return FREE if row_dim(call.result_shape()) is None else in_order(call.keep(Fact.ZERO))
+
+
+def _diagonal_dims(call: Call) -> tuple[int, int]:
+    return call["self"].dim(call["dim1"]), call["self"].dim(call["dim2"])
 
 
 @rule("aten::diagonal_scatter")
 def write_diagonal(call: Call) -> Results:
     """Writes the diagonal over two other dims, which in ``src`` is the last dim."""
-    operand, source = call["self"], call["src"]
-    dims = (operand.dim(call["dim1"]), operand.dim(call["dim2"]))
+    operand, source, dims = call["self"], call["src"], _diagonal_dims(call)
     if operand.rows is FREE or operand.row_dim in dims:
         raise RefusePadding("a diagonal over the rows")
     if source.row_dim != operand.row_dim - sum(dim < operand.row_dim for dim in dims):
