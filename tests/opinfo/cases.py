@@ -43,7 +43,7 @@ class Sample:
 
 
 #: Stands for the samples of an operator that has none on the CPU.
-NO_SAMPLE = Sample(-1, lambda: [], ())
+NO_SAMPLE = Sample(-1, list, ())
 
 
 def dtype_of(op: OpInfo) -> torch.dtype:

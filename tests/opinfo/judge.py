@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 
 from cudagraph_backend.analysis.padding import Verdict
+from cudagraph_backend.analysis.padding.symbolic import ROWS, Sizes
 from tests.opinfo.cases import NO_SAMPLE, Dims, Sample, trace
-from tests.unit.padding.oracle import Fill, Region, equal_runs, refutation
+from tests.unit.padding.oracle import Fill, Region, equal_runs, outputs_of, refutation
 
 FILLS: tuple[Fill, ...] = ("replica", "zero", "poison", "extreme")
 TOLERANCE = 1e-4
@@ -37,8 +38,9 @@ class Outcome:
         kind: whether the case could be judged; with any kind but "judged", the rest may be missing.
         detail: the error that prevented judging.
         refusal, operator: why padding was refused, and at which ATen operator; None if judged safe.
-        needs: fills of which the verdict assumes that they were used: ("replica",), or () if any may be.
-        zero_safe, zero_needs: the same for a verdict on padding with zeros.
+        needs_replica: whether the verdict assumes that padded rows of inputs are replicas of the last row.
+        zero_safe, needs_zero: the same for a verdict on padding with zeros.
+        has_rows: whether the sizes of all results are fixed or multiples of the rows (not, say, one less).
         truth: for each fill that was tried, how a real row changed, or None if none did.
     """
 
@@ -52,6 +54,7 @@ class Outcome:
     needs_replica: bool = False
     zero_safe: bool = False
     needs_zero: bool = False
+    has_rows: bool = True
     truth: dict[str, str | None] = field(default_factory=dict)
 
     @property
@@ -76,7 +79,9 @@ class Outcome:
             promised |= {"replica"} if self.needs_replica else set(FILLS)
         if self.zero_safe:
             promised |= {"zero"} if self.needs_zero else set(FILLS)
-        return next((f"{fill}: {self.truth[fill]}" for fill in FILLS if fill in promised and self.truth.get(fill)), None)
+        return next(
+            (f"{fill}: {self.truth[fill]}" for fill in FILLS if fill in promised and self.truth.get(fill)), None
+        )
 
 
 def judge(op: str, sample: Sample, dims: Dims, report=lambda outcome: None) -> Outcome:
@@ -95,10 +100,12 @@ def judge(op: str, sample: Sample, dims: Dims, report=lambda outcome: None) -> O
     if outcome.kind not in ("judged", "random"):
         return outcome
     verdict = _take_verdicts(region, outcome)
+    outcome.has_rows = _has_rows(region)
+    buckets = region.buckets(*verdict.symbols)[:2]
     for fill in FILLS:
         outcome.truth[fill] = "ended the process"
         report(outcome)
-        outcome.truth[fill] = _truth(region, verdict, fill)
+        outcome.truth[fill] = _truth(region, verdict, buckets, fill)
     return outcome
 
 
@@ -135,11 +142,19 @@ def _take_verdicts(region: Region, outcome: Outcome) -> Verdict:
     return verdict
 
 
-def _truth(region: Region, verdict: Verdict, fill: Fill) -> str | None:
-    for bucket in region.buckets(*verdict.symbols)[:2]:
+def _has_rows(region: Region) -> bool:
+    sizes = Sizes(region.symbols())
+    shapes = [sizes.shape(meta) for meta in outputs_of(region.module) if isinstance(meta, torch.Tensor)]
+    return all((size / ROWS).is_integer or not size.has(ROWS) for shape in shapes for size in shape)
+
+
+def _truth(region: Region, verdict: Verdict, buckets: list[int], fill: Fill) -> str | None:
+    for bucket in buckets:
         try:
             problem = refutation(region, verdict, bucket, fill, TOLERANCE)
-        except Exception as error:  # an index out of range, a matrix that has no inverse, a shape that data decides, ...
+        except (
+            Exception
+        ) as error:  # an index out of range, a matrix that has no inverse, a shape that data decides, ...
             problem = f"{type(error).__name__}: {error}"
         if problem:
             return " ".join(problem.split())[:200]

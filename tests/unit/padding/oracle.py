@@ -146,13 +146,16 @@ def refutation(region: Region, verdict: Verdict, bucket: int, fill: Fill, tolera
     rows = bucket - exact[next(iter(verdict.symbols))]
     inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg in zip(region.metas, region.args, strict=True)]
     after = _run(region.module, inputs)
-    metas = [*_outputs_of(region.module), *region.metas]
+    metas = [*outputs_of(region.module), *region.metas]
     for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=True)):
         if not isinstance(left, torch.Tensor):
             continue
-        if tuple(right.shape) != _shape(meta, padded):
-            return f"result {index} has shape {tuple(right.shape)} instead of {_shape(meta, padded)}"
-        real = right[tuple(slice(0, size) for size in _shape(meta, exact))]
+        expected = tuple(_size(size, padded, found) for size, found in zip(meta.shape, left.shape, strict=True))
+        if tuple(right.shape) != expected:
+            return f"result {index} has shape {tuple(right.shape)} instead of {expected}"
+        real = right[
+            tuple(slice(0, _size(size, exact, found)) for size, found in zip(meta.shape, left.shape, strict=True))
+        ]
         problem = _difference(left, real, tolerance)
         if problem:
             return f"result {index} ({fill} fill, bucket {bucket}): {problem}"
@@ -191,7 +194,8 @@ def _run(module: GraphModule, inputs: list[Any], seed: int = 0) -> list[Any]:
     return [*(_clone(output) for output in _flat(outputs)), *inputs]
 
 
-def _outputs_of(module: GraphModule) -> Iterator[Any]:
+def outputs_of(module: GraphModule) -> Iterator[Any]:
+    """What the graph says of each output."""
     output = next(node for node in module.graph.nodes if node.op == "output")
     for item in _flat(output.args[0]):
         yield item.meta.get("val") if isinstance(item, torch.fx.Node) else item
@@ -243,6 +247,12 @@ def _difference(left: torch.Tensor, right: torch.Tensor, tolerance: float) -> st
 
 def _shape(meta: Any, sizes: dict[sympy.Symbol, int]) -> tuple[int, ...]:
     return tuple(int(_expr(size).subs(sizes)) for size in meta.shape)
+
+
+def _size(size: Any, sizes: dict[sympy.Symbol, int], found: int) -> int:
+    """``size`` in numbers; as ``found`` at the exact sizes if it depends on data, as such a size must not change."""
+    expression = _expr(size).subs(sizes)
+    return found if expression.free_symbols else int(expression)
 
 
 def _expr(size: Any) -> sympy.Expr:

@@ -8,14 +8,22 @@ from ..lattice import FREE, Fact, RefusePadding, Results
 
 @rule("aten::convolution", "aten::_convolution")
 def convolution(call: Call) -> Results:
-    """Rows along the batch, or along the output channels."""
+    """Rows along the batch, along the output channels, or along a dim in which the kernel has size one."""
     image = call["input"]
     if image.rows is FREE:
         return _by_channel(call)
     call.only("input")
-    if image.row_dim != 0 or len(image.shape) != len(call["weight"].shape):
+    batched = len(image.shape) == len(call["weight"].shape)
+    if not batched or image.row_dim == 1 or (image.row_dim >= 2 and not _is_single(call, image.row_dim - 2)):
         raise RefusePadding("convolves over the padded rows")
     return call.keep(Fact.REPLICA)
+
+
+def _is_single(call: Call, dim: int) -> bool:
+    """Whether along spatial dim ``dim`` each output entry comes from the input entry at the same place."""
+    given = (call["stride"], call["padding"], call["output_padding"])
+    stride, padding, more = (numbers[dim if len(numbers) > 1 else 0] for numbers in given)
+    return call["weight"].shape[dim + 2] == 1 and (stride, padding, more) == (1, 0, 0)
 
 
 def _by_channel(call: Call) -> Results:
@@ -76,7 +84,6 @@ _over_last(
     "aten::upsample_bicubic2d",
     "aten::upsample_bilinear2d",
     "aten::upsample_nearest2d",
-    "prims::_low_memory_max_pool_with_offsets",
 )
 _over_last(
     3,
@@ -93,6 +100,16 @@ _over_last(
     "aten::upsample_nearest3d",
     "aten::upsample_trilinear3d",
 )
+
+
+@rule("prims::_low_memory_max_pool_offsets_to_indices", "prims::_low_memory_max_pool_with_offsets")
+def pooling(call: Call) -> Results:
+    """As many of the last dims as the kernel has."""
+    (operand,) = call.operands
+    if operand.place is None or operand.place >= -len(call["kernel_size"]):
+        raise RefusePadding("works over the padded rows")
+    several = isinstance(call.node.meta["val"], (list, tuple))
+    return call.each(Fact.REPLICA) if several else call.keep(Fact.REPLICA)
 
 
 @rule("aten::grid_sampler_2d", "aten::grid_sampler_3d")

@@ -209,13 +209,10 @@ def as_strided(call: Call) -> Results:
 
 @rule("aten::diagonal")
 def diagonal(call: Call) -> Results:
-    """The diagonal over two other dims; or over the rows, where entry ``i`` is of row ``i`` or of a fixed one."""
-    operand = call["self"]
-    if operand.row_dim not in _diagonal_dims(call):
-        return call.keep(Fact.ALL)
-    if not operand.rows.together:
-        raise RefusePadding("rows are at other places when padded")
-    return FREE if row_dim(call.result_shape()) is None else in_order(call.keep(Fact.ZERO))
+    """The diagonal over two other dims."""
+    if call["self"].row_dim in _diagonal_dims(call):
+        raise RefusePadding("a diagonal over the rows")
+    return call.keep(Fact.ALL)
 
 
 def _diagonal_dims(call: Call) -> tuple[int, int]:
