@@ -94,9 +94,9 @@ def solve(call: Call) -> Results:
     """Rows along the batch; or one system solved for each column of the right-hand side."""
     side = _right_hand_side(call)
     others = [operand for operand in call.operands if operand is not side]
-    if call["check_errors"] or call["pivots"] is not None:
-        if not all(operand.holds(Fact.REPLICA) for operand in others):
-            raise RefusePadding("what padded rows hold may be no proper matrix")
+    is_picky = call["check_errors"] or call["pivots"] is not None
+    if is_picky and not all(operand.holds(Fact.REPLICA) for operand in others):
+        raise RefusePadding("what padded rows hold may be no proper matrix")
     vectors = call.operator == "aten::_linalg_solve_ex" and len(side.shape) < len(call["A"].shape)
     by_column = side.place == -1 and call["left"] is not False and not vectors
     if by_column and all(operand.rows is None for operand in others):
