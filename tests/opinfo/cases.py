@@ -53,7 +53,10 @@ def dtype_of(op: OpInfo) -> torch.dtype:
 
 
 def samples_of(op: OpInfo, at_most: int) -> list[Sample]:
-    """``at_most`` of the operator's samples, spread over its list; the same ones whenever called."""
+    """``at_most`` of the operator's samples, spread over its list; the same ones whenever called.
+
+    Those of which no dim could be dynamic (numbers, empty tensors) are left out, if there are others.
+    """
     seed = zlib.crc32(op.formatted_name.encode())
     for plant in (torch.manual_seed, random.seed, numpy.random.seed):
         plant(seed)
@@ -63,9 +66,10 @@ def samples_of(op: OpInfo, at_most: int) -> list[Sample]:
             inputs = list(op.sample_inputs("cpu", dtype_of(op), requires_grad=False))
         except Exception:  # some operators' samples are for a GPU
             inputs = []
-    last, count = len(inputs) - 1, min(at_most, len(inputs))
-    chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
-    return [_sample(op, number, inputs[number]) for number in chosen]
+    samples = [_sample(op, number, given) for number, given in enumerate(inputs)]
+    samples = [sample for sample in samples if _places(sample.tensors)] or samples
+    last, count = len(samples) - 1, min(at_most, len(samples))
+    return [samples[round(i * last / max(count - 1, 1))] for i in range(count)]
 
 
 def _sample(op: OpInfo, number: int, given: Any) -> Sample:
@@ -144,7 +148,7 @@ def _functional(function: Callable[..., list[torch.Tensor]]) -> Callable[..., li
     """As AOTAutograd does it: no operator writes in place, except for ``copy_`` into the inputs at the very end."""
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        with FunctionalTensorMode():
+        with FunctionalTensorMode(_allow_token_discovery=True):
             wrapped = [FunctionalTensor.to_functional(tensor) for tensor in tensors]
             results = function(*wrapped)
         found = [_unwrapped(result) for result in results]
