@@ -148,7 +148,7 @@ def _functional(function: Callable[..., list[torch.Tensor]]) -> Callable[..., li
     """As AOTAutograd does it: no operator writes in place, except for ``copy_`` into the inputs at the very end."""
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        with FunctionalTensorMode(_allow_token_discovery=True):
+        with FunctionalTensorMode():
             wrapped = [FunctionalTensor.to_functional(tensor) for tensor in tensors]
             results = function(*wrapped)
         found = [_unwrapped(result) for result in results]
