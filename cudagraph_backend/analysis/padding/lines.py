@@ -48,14 +48,16 @@ def along(argument: Any, line: LineOfRows) -> Any:
     return replace(argument, rows=rows, shape=hide(argument.shape, hidden) if hidden else argument.shape)
 
 
-def together(results: Sequence[Results]) -> Axes | list[Axes | RefusePadding]:
+def together(results: Sequence[Results]) -> Axes | RefusePadding | list[Axes | RefusePadding]:
     """What the rule said of each line, put together per result."""
     width = next((len(result) for result in results if isinstance(result, tuple)), None)
     if width is None:
         return _axes(results)  # type: ignore[arg-type]
     columns = zip(*(result if isinstance(result, tuple) else (None,) * width for result in results), strict=True)
-    return [next((one for one in c if isinstance(one, RefusePadding)), None) or _axes(c) for c in columns]  # type: ignore[arg-type]
+    return [_axes(column) for column in columns]
 
 
-def _axes(results: Sequence[Rows | None]) -> Axes:
-    return tuple(sorted((rows for rows in results if rows is not None), key=lambda rows: rows.dim))
+def _axes(results: Sequence[Rows | RefusePadding | None]) -> Axes | RefusePadding:
+    refusal = next((one for one in results if isinstance(one, RefusePadding)), None)
+    axes = [rows for rows in results if isinstance(rows, Rows)]
+    return refusal or tuple(sorted(axes, key=lambda rows: rows.dim))

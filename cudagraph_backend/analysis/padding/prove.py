@@ -113,7 +113,8 @@ class _Walk:
     def _output(self, item: object) -> Axes:
         if not isinstance(item, Node) or not _is_tensor(item):
             return ()  # a size: computed from the exact sizes, whatever the graph computes at the bucket
-        self.node, axes = item, self._operand(item).axes
+        self.node = item
+        axes = self._operand(item).axes
         if not all(rows.together for rows in axes):
             raise RefusePadding("padded rows come between the real rows of an output")
         return axes
@@ -156,6 +157,8 @@ class _Walk:
     def _call(self, node: Node, target: Any) -> Found:
         schema = operator_schema(target)
         self._check_effects(node, schema)
+        if target is torch.ops.aten.slice.Tensor and (taken := self._taken_back(node)) is not None:
+            return taken
         if schema.name.startswith("aten::sym_"):
             return ()
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
@@ -169,6 +172,16 @@ class _Walk:
             if name not in found.sizes:
                 raise RefusePadding(f"the padded size reaches values through argument {name!r}")
         return self._apply(found, node, arguments, makes_rows=bool(reaching))
+
+    def _taken_back(self, node: Node) -> Found | None:
+        """The rows of what was padded behind and is now cut back to what it was, as CUDA's attention aligns masks."""
+        pad = node.args[0]
+        if not isinstance(pad, Node) or pad.target is not torch.ops.aten.constant_pad_nd.default:
+            return None
+        _, _, start, _, step = [*node.args, *(None, 0, 0, None, 1)[len(node.args) :]]  # type: ignore[misc]
+        whole, pads = pad.args[:2]
+        from_front = start in (0, None) and step == 1 and all(isinstance(n, int) and n == 0 for n in pads[::2])  # type: ignore[index, union-attr]
+        return self.values[whole] if from_front and self._shape(node) == self._shape(whole) else None  # type: ignore[index, arg-type]
 
     def _check_effects(self, node: Node, schema: torch.FunctionSchema) -> None:
         if node.target is torch.ops.aten.copy_.default:
@@ -191,7 +204,7 @@ class _Walk:
             rule.apply(replace(call, arguments=along(arguments, line), line=(i, len(lines))))
             for i, line in enumerate(lines)
         ]
-        if makes_rows:
+        if makes_rows and not any(isinstance(result, RefusePadding) for result in results):
             claimed = {rows.dim for rows in results if isinstance(rows, Rows)}
             made: list[int | None] = [one.dim for one in row_dims(self._shape(node)) if one.dim not in claimed]
             if not made and not results:
@@ -230,6 +243,8 @@ class _Walk:
 
     def _operand(self, node: Any) -> Operand:
         val, axes = node.meta.get("val"), self.values[node]
+        if isinstance(axes, RefusePadding):
+            raise axes
         if val is None:  # a constant of the graph
             val = getattr(node.graph.owning_module, node.target)
         return Operand(self.sizes.shape(val), val.dtype, None, axes, node)  # type: ignore[arg-type]
@@ -237,7 +252,7 @@ class _Walk:
     def _checked(self, node: Node, value: Found) -> Found:
         """``value``, after checking it against the shape of the node's result, so that no rule can be wrong there."""
         val = node.meta.get("val")
-        if isinstance(value, list) or isinstance(val, (list, tuple)) or val is None:
+        if isinstance(value, (list, RefusePadding)) or isinstance(val, (list, tuple)) or val is None:
             return value
         if not isinstance(val, torch.Tensor):
             if depends_on_size(self._number(val)) and not _is_symbolic_size(node):

@@ -50,16 +50,24 @@ class RowDim(NamedTuple):
 
 def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
     """The dims of ``shape`` that carry rows."""
-    return tuple(_row_dim(shape, dim) for dim, size in enumerate(shape) if size.has(ROWS))
+    found = []
+    for dim, size in enumerate(shape):
+        if size.has(ROWS):
+            parts = _affine(size)
+            if parts is None:
+                raise RefusePadding(f"a size is not a multiple of the rows: {shape_text(shape)}")
+            found.append(RowDim(dim, *parts))
+    return tuple(found)
 
 
-def _row_dim(shape: Sequence[sympy.Expr], dim: int) -> RowDim:
-    size = shape[dim]
+@lru_cache(maxsize=4096)
+def _affine(size: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """``count`` and ``extra``; None for sizes such as ``n**2`` and ``floor(n/2)``."""
+    if not size.is_polynomial(ROWS):
+        return None
     extra = size.xreplace({ROWS: sympy.S.Zero})
-    otherwise = f"a size is not a multiple of the rows: {shape_text(shape)}"
-    if extra.is_integer is not True:  # floor(n / 2) is not; its value at 0 tells nothing
-        raise RefusePadding(otherwise)
-    return RowDim(dim, whole(sympy.expand(size - extra), ROWS, otherwise), extra)
+    count = _quotient(sympy.expand(size - extra), ROWS)
+    return (count, extra) if count.is_integer and not count.has(ROWS) else None
 
 
 def hide(shape: Sequence[sympy.Expr], dims: Container[int]) -> tuple[sympy.Expr, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -138,7 +139,7 @@ def traced(function: Callable[..., Any], *args: torch.Tensor, decompose: bool = 
     """The region of ``function`` traced without Dynamo: quick, and if asked for, with operators left as they are."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(arg, symbolic_context=_context(arg)) for arg in args]
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         module = make_fx(function, decomposition_table=select_decomp_table() if decompose else {})(*fakes)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -180,13 +181,16 @@ def refutation(
     given = zip(region.metas, region.args, fills, strict=True)
     inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg, fill in given]
     after = _run(region.module, inputs)
-    metas = [*_outputs_of(region.module), *region.metas]
+    metas = [*outputs_of(region.module), *region.metas]
     for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=False)):  # no mask's argument
         if not isinstance(left, torch.Tensor):
             continue
-        if tuple(right.shape) != _shape(meta, padded):
-            return f"result {index} has shape {tuple(right.shape)} instead of {_shape(meta, padded)}"
-        real = right[tuple(slice(0, size) for size in _shape(meta, exact))]
+        expected = tuple(_size(size, padded, found) for size, found in zip(meta.shape, left.shape, strict=True))
+        if tuple(right.shape) != expected:
+            return f"result {index} has shape {tuple(right.shape)} instead of {expected}"
+        real = right[
+            tuple(slice(0, _size(size, exact, found)) for size, found in zip(meta.shape, left.shape, strict=True))
+        ]
         problem = _difference(left, real, tolerance)
         if problem:
             return f"result {index} ({fill} fill, bucket {bucket}): {problem}"
@@ -202,14 +206,31 @@ def refute(region: Region, verdict: Verdict, fill: Any = "replica", **kwargs: An
     return next((problem for problem in found if problem), None)
 
 
-def _run(module: GraphModule, inputs: list[Any]) -> list[Any]:
+def equal_runs(region: Region, seeds: Sequence[int]) -> bool:
+    """Whether the region gives the same results with each of ``seeds``."""
+    results = [_run(region.module, [_clone(arg) for arg in region.args], seed) for seed in seeds]
+    pairs = [pair for pair in zip(*results, strict=True) if isinstance(pair[0], torch.Tensor)]
+    return all(_difference(first, other, 0.0) is None for first, *others in pairs for other in others)
+
+
+class _Repeatable(Interpreter):
+    """Memory that an operator leaves uninitialised holds the same in every run."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        return result.fill_(_hostile(result.dtype, "poison")) if "empty" in str(target) else result
+
+
+def _run(module: GraphModule, inputs: list[Any], seed: int = 0) -> list[Any]:
     """The outputs, then the inputs as the run leaves them."""
+    torch.manual_seed(seed)
     with torch.no_grad():
-        outputs = Interpreter(module).run(*inputs)
+        outputs = _Repeatable(module).run(*inputs)
     return [*(_clone(output) for output in _flat(outputs)), *inputs]
 
 
-def _outputs_of(module: GraphModule) -> Iterator[Any]:
+def outputs_of(module: GraphModule) -> Iterator[Any]:
+    """What the graph says of each output."""
     output = next(node for node in module.graph.nodes if node.op == "output")
     for item in _flat(output.args[0]):
         yield item.meta.get("val") if isinstance(item, torch.fx.Node) else item
@@ -261,6 +282,12 @@ def _difference(left: torch.Tensor, right: torch.Tensor, tolerance: float) -> st
 
 def _shape(meta: Any, sizes: dict[sympy.Symbol, int]) -> tuple[int, ...]:
     return tuple(int(_expr(size).subs(sizes)) for size in meta.shape)
+
+
+def _size(size: Any, sizes: dict[sympy.Symbol, int], found: int) -> int:
+    """``size`` in numbers; as ``found`` at the exact sizes if it depends on data, as such a size must not change."""
+    expression = _expr(size).subs(sizes)
+    return found if expression.free_symbols else int(expression)
 
 
 def _expr(size: Any) -> sympy.Expr:

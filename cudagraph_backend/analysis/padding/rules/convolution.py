@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from ..call import Call, rule
+from ..call import Call, one_line, rule
 from ..lattice import FREE, Fact, RefusePadding, Results, in_order
 
 
-@rule("aten::convolution", "aten::_convolution")
+@rule("aten::convolution", "aten::_convolution", line=one_line)
 def convolution(call: Call) -> Results:
-    """Rows along the batch; or along another dim, step by step, if the padded ones are zero, as a convolution pads."""
-    image = call.only("input")
+    """Rows along the batch, along the output channels, or along a dim that the kernel goes over.
+
+    There padded rows must be zero, as a convolution pads, and the steps be single ones.
+    """
+    image = call["input"]
+    if image.rows is FREE:
+        return _by_channel(call)
+    call.only("input")
     if len(image.shape) != len(call["weight"].shape) or image.row_dim in (None, 1):
         raise RefusePadding("convolves over the padded rows")
-    if image.row_dim == 0:
-        return call.keep(Fact.REPLICA, dim=0)
-    steps, dim = call["stride"], image.dim(image.row_dim or 0)
-    if call["transposed"] or not image.together or (steps * 3)[dim - 2] != 1:
+    dim = image.dim(image.row_dim)
+    if dim == 0 or _is_single(call, dim - 2):
+        return call.keep(Fact.REPLICA, dim=dim)
+    if call["transposed"] or not image.together or (call["stride"] * 3)[dim - 2] != 1:
         raise RefusePadding("convolves over the padded rows")
     if not image.holds(Fact.ZERO):
         call.fill(image, 0, "convolves over the padded rows")
     return in_order(call.keep(Fact.NOTHING, dim=dim))
+
+
+def _is_single(call: Call, dim: int) -> bool:
+    """Whether along spatial dim ``dim`` each output entry comes from the input entry at the same place."""
+    given = (call["stride"], call["padding"], call["output_padding"])
+    stride, padding, more = (numbers[dim if len(numbers) > 1 else 0] for numbers in given)
+    return call["weight"].shape[dim + 2] == 1 and (stride, padding, more) == (1, 0, 0)
+
+
+def _by_channel(call: Call) -> Results:
+    weight, bias = call["weight"], call["bias"]
+    if call["groups"] != 1 or weight.row_dim != (1 if call["transposed"] else 0):
+        raise RefusePadding("convolves over the padded rows")
+    if bias is not None and bias.rows is FREE:
+        raise RefusePadding("rows meet a dim of another size")
+    return call.keep(Fact.REPLICA)
 
 
 @rule("aten::convolution_backward")
@@ -71,7 +93,6 @@ _over_last(
     "aten::upsample_bicubic2d",
     "aten::upsample_bilinear2d",
     "aten::upsample_nearest2d",
-    "prims::_low_memory_max_pool_with_offsets",
 )
 _over_last(
     3,
@@ -90,9 +111,22 @@ _over_last(
 )
 
 
+@rule("prims::_low_memory_max_pool_offsets_to_indices", "prims::_low_memory_max_pool_with_offsets")
+def pooling(call: Call) -> Results:
+    """As many of the last dims as the kernel has."""
+    (operand,) = call.operands
+    if operand.place is None or operand.place >= -len(call["kernel_size"]):
+        raise RefusePadding("works over the padded rows")
+    several = isinstance(call.node.meta["val"], (list, tuple))
+    return call.each(Fact.REPLICA) if several else call.keep(Fact.REPLICA)
+
+
 @rule("aten::grid_sampler_2d", "aten::grid_sampler_3d")
 def grid_sampler(call: Call) -> Results:
-    """Each image with its own grid."""
-    if call["input"].row_dim != 0 or call["grid"].row_dim != 0:
+    """Each image with its own grid; or rows along the channels, or along the places to sample at."""
+    image, grid = call["input"], call["grid"]
+    by_channel = image.row_dim == 1 and grid.rows is FREE
+    by_place = image.rows is FREE and grid.row_dim in range(1, len(grid.shape) - 1)
+    if (image.row_dim, grid.row_dim) != (0, 0) and not by_channel and not by_place:
         raise RefusePadding("samples over the padded rows")
     return call.keep(Fact.REPLICA)

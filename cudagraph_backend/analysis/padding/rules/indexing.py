@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from ..call import Call, by_place, leaves, one_line, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, meet
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order, meet
 
 
 def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
@@ -42,6 +42,9 @@ def gather(call: Call) -> Results:
     """Along another dim, each row reads from its own row; along the indexed dim, from a tensor free of rows."""
     operand, index = call["self"], call["index"]
     dim = operand.dim(call["dim"])
+    if index.rows is FREE:
+        _fixed_entries(operand)
+        return FREE
     _stays_inside(call, index, operand.shape[dim])
     if operand.rows is FREE:
         e = index.rows.dim
@@ -67,9 +70,13 @@ def gather(call: Call) -> Results:
     "aten::scatter_reduce.two",
 )
 def scatter(call: Call) -> Results:
-    """Along another dim, each row writes into its own row."""
+    """Along another dim, each row writes into its own row. Indices free of rows are of real rows."""
     operand, index, source = call["self"], call["index"], call["src"]
     dim = operand.dim(call["dim"])
+    if index.rows is FREE:
+        for other in filter(None, (operand, source)):
+            _fixed_entries(other)
+        return FREE if operand.rows is FREE else in_order(call.keep(Fact.ZERO, operand))
     for other in filter(None, (index, source)):
         _same_rows(operand, other)
     if operand.row_dim == dim:
@@ -102,6 +109,9 @@ def index_along(call: Call) -> Results:
 def write_slice(call: Call) -> Results:
     """Writes a fixed part of another dim."""
     operand, source, dim = call["self"], call["src"], call["self"].dim(call["dim"])
+    if source.rows is FREE and dim == operand.row_dim and _is_fixed_part(call):
+        _fixed_entries(operand)
+        return in_order(call.keep(Fact.ZERO, operand))
     if operand.rows is FREE or dim == operand.row_dim:
         raise RefusePadding("writes rows into a part of a tensor")
     drops_dim = len(source.shape) < len(operand.shape)
@@ -115,6 +125,59 @@ def bucketize(call: Call) -> Results:
     """Each entry's place among boundaries free of rows."""
     call.only("self")
     return call.keep(Fact.NOTHING)
+
+
+@rule("aten::searchsorted.Tensor", "aten::searchsorted.Scalar")
+def searchsorted(call: Call) -> Results:
+    """As :func:`bucketize`; or each row's entries among the row's own boundaries."""
+    boundaries, entries = call["sorted_sequence"], call["self"]
+    if boundaries.rows is FREE and len(boundaries.shape) == 1:
+        call.only("self")
+        return call.keep(Fact.NOTHING)
+    if boundaries.row_dim == len(boundaries.shape) - 1:
+        raise RefusePadding("searches among the padded rows")
+    if not isinstance(entries, Operand):
+        return call.keep(Fact.NOTHING)
+    if entries.place == -1 and boundaries.rows is FREE:
+        return call.keep(Fact.NOTHING)
+    meet(*call.operands)
+    return call.keep(Fact.NOTHING)
+
+
+@rule("aten::index_reduce")
+def index_reduce(call: Call) -> Results:
+    """Reduces along one dim: each row into its own row."""
+    operand, source = call["self"], call["source"]
+    _same_rows(operand, source)
+    if call["index"].rows is not FREE or operand.dim(call["dim"]) == operand.row_dim:
+        raise RefusePadding("writes to rows by numbers")
+    return call.keep(Fact.REPLICA)
+
+
+@rule("aten::_unsafe_masked_index", line=one_line)
+def masked_index(call: Call) -> Results:
+    """As :func:`index`, where a mask of the indices' shape allows; else a number."""
+    indices = _by_dim(call["indices"])
+    own = _reads(call, call["self"], indices)
+    meet(call["mask"], *indices.values())
+    return call.keep(Fact.REPLICA, call["mask"], *own)
+
+
+def _fixed_entries(operand: Operand) -> None:
+    """What is read or written at places free of rows is the same at every size, if it is counted from the front.
+
+    (The indices of ``gather`` and ``scatter`` can't be negative, and have no more entries than what they pick from.)
+    """
+    if operand.rows and not operand.rows.together:
+        raise RefusePadding("rows are at other places when padded")
+
+
+def _is_fixed_part(call: Call) -> bool:
+    """Whether a part from the front is meant, and wholly inside: one that is cut off would not fit the source."""
+    if isinstance(call["index"], int):
+        return call["index"] >= 0
+    start, end, step, size = call["start"] or 0, call["end"], call["step"], call["src"].shape[call["dim"]]
+    return all(isinstance(n, int) and n >= 0 for n in (start, end, step)) and len(range(start, end, step)) == size
 
 
 def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:

@@ -133,6 +133,14 @@ def softmax(call: Call) -> Results:
     return call.keep(Fact.NOTHING)
 
 
+@rule("aten::glu")
+def halves(call: Call) -> Results:
+    """One half of another dim gates the other."""
+    if over_rows(call):
+        raise RefusePadding("gates rows with other rows")
+    return call.keep(Fact.REPLICA | Fact.ZERO)
+
+
 def over_rows(call: Call) -> bool:
     """Whether the reduced dims, all of them if none is named, include the row dim."""
     operand, dims = call.operands[0], call["dim"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from ..call import Call, depends_on_size, rule
+from ..call import Call, depends_on_size, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order
 from ..symbolic import ROWS, product, shape_text, whole
 
@@ -208,7 +208,7 @@ def unfold(call: Call) -> Results:
     return in_order(call.keep(Fact.NOTHING, dim=operand.row_dim))
 
 
-@rule("aten::constant_pad_nd")
+@rule("aten::constant_pad_nd", sizes=("pad",))
 def pad(call: Call) -> Results:
     """Pads other dims, or the rows in front; ``pad`` holds two numbers per dim, last dim first."""
     operand, pads = call["self"], call["pad"]
@@ -217,7 +217,7 @@ def pad(call: Call) -> Results:
     if (before, behind) == (0, 0):
         return call.keep(Fact.REPLICA | (Fact.ZERO if call["value"] == 0 else Fact.NOTHING))
     if depends_on_size(before) or not (isinstance(behind, int) and behind <= 0) or not operand.rows.together:
-        raise RefusePadding("pads behind the rows")
+        return RefusePadding("pads behind the rows")
     return in_order(call.keep(Fact.NOTHING))
 
 
@@ -251,3 +251,26 @@ def is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
             return False
         expected = sympy.expand(expected * size)
     return True
+
+
+@rule("aten::diagonal")
+def diagonal(call: Call) -> Results:
+    """The diagonal over two other dims."""
+    if call["self"].row_dim in _diagonal_dims(call):
+        raise RefusePadding("a diagonal over the rows")
+    return call.keep(Fact.ALL)
+
+
+def _diagonal_dims(call: Call) -> tuple[int, int]:
+    return call["self"].dim(call["dim1"]), call["self"].dim(call["dim2"])
+
+
+@rule("aten::diagonal_scatter", line=one_line)
+def write_diagonal(call: Call) -> Results:
+    """Writes the diagonal over two other dims, which in ``src`` is the last dim."""
+    operand, source, dims = call["self"], call["src"], _diagonal_dims(call)
+    if operand.rows is FREE or operand.row_dim in dims:
+        raise RefusePadding("a diagonal over the rows")
+    if source.row_dim != operand.row_dim - sum(dim < operand.row_dim for dim in dims):
+        raise RefusePadding("rows along different dims meet")
+    return call.keep(Fact.REPLICA | Fact.ZERO)
