@@ -140,7 +140,7 @@ def _explain_dim(dim: DynamicDim, probed: Sequence[int]) -> str:
         seen = "padded rows did not reach real rows" if probed else "padded where the probe sees nothing against it"
         return f"{sizes}: probed {buckets}: {seen} (not proven: {dim.to_probe})"
     needs = "what they hold matters" if dim.needs_fill else "they may hold anything"
-    needs += f", {dim.masks} masks" if dim.masks else ""
+    needs += f", masked {dim.masks} times" if dim.masks else ""
     return f"{sizes}: padded rows never reach real rows ({needs})" + (f", probed {buckets}" if probed else "")
 
 

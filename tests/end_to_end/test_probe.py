@@ -495,7 +495,7 @@ def test_training(device):
             got, expected = (torch.autograd.grad((f(x) ** 2).sum(), weight)[0] for f in (compiled, function))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert "probed in buckets 4, 8, 16, 24" in sg.explain()
-    assert "(what they hold matters, 2 masks)" in sg.explain()  # the backward sums over the batch
+    assert "(what they hold matters, masked 2 times)" in sg.explain()  # the backward sums over the batch
 
 
 def test_a_reset_forgets_the_verdict(device):

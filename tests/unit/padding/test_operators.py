@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.padding.oracle import dynamic, refute, traced
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 FIXED = torch.tensor([1, 0, 1])
 
 
@@ -73,6 +73,16 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "avg_pool2d": (lambda x: aten.avg_pool2d(x, [3, 3], [1, 1], [1, 1]), (5, 6, 7, 8), {0, 1}),
     "adaptive_max_pool2d": (lambda x: aten.adaptive_max_pool2d(x, [2, 2])[0], (5, 6, 7, 8), {0, 1}),
     "max_pool3d": (lambda x: aten.max_pool3d_with_indices(x, [3] * 3, [1] * 3, [1] * 3), (4, 5, 6, 7, 8), {0, 1}),
+    "max pool with offsets": (
+        lambda x: prims._low_memory_max_pool_with_offsets(x, [3, 3], [1, 1], [1, 1], [1, 1], False)[0],
+        (5, 6, 7, 8),
+        {0, 1},
+    ),
+    "max pool with offsets in 3d": (
+        lambda x: prims._low_memory_max_pool_with_offsets(x, [3] * 3, [1] * 3, [1] * 3, [1] * 3, False)[0],
+        (4, 5, 6, 7, 8),
+        {0, 1},
+    ),
     "reflection_pad1d": (lambda x: aten.reflection_pad1d(x, [1, 1]), (5, 6, 7), {0, 1}),
     "replication_pad2d": (lambda x: aten.replication_pad2d(x, [1, 1, 0, 0]), (5, 6, 7, 8), {0, 1}),
     "pixel_shuffle": (lambda x: aten.pixel_shuffle(x, 2), (5, 8, 6, 7), {0}),
@@ -115,6 +125,10 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "scalar": (lambda x: aten.scalar_tensor(x.shape[0]) + x, (6,), set()),
     "eye": (lambda x: aten.eye.m(x.shape[0], 3), (6,), set()),
     "roll all": (lambda x: aten.roll(x, [1]), (6, 7), set()),
+    "complex": (lambda x: aten.view_as_real(aten.complex(x, weights(7))), (6, 7), {0}),
+    "polar": (lambda x: aten.view_as_real(aten.polar(x, x + 1)), (6, 7), {0, 1}),
+    "quotient": (lambda x: prims.div(x, x.exp()), (6, 7), {0, 1}),
+    "quotient of integers": (lambda x: prims.div((x * 0 + 4).long(), (x * 0 + 2).long()), (6,), set()),
     "prelu": (lambda x: aten._prelu_kernel(x, weights(7)), (6, 7), {0}),
     "frexp": (lambda x: aten.frexp(x)[1] * 1, (6, 7), {0, 1}),
     "embedding of columns": (lambda x: aten.embedding(x, FIXED), (6, 7), {1}),

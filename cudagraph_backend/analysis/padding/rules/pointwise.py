@@ -24,7 +24,7 @@ _ZERO_FROM_TWO_ZEROS = ("aten.add.Tensor", "aten.sub.Tensor")
 _COPIES = ("aten.clone", "aten.copy", "aten._to_copy", "prims.convert_element_type")
 _NEUTRAL: Mapping[str, int] = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1}
 #: With integers, a zero divisor and the most negative dividend are traps, not infinities.
-_DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.")
+_DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.", "prims.div.")
 
 
 @rule(
@@ -38,11 +38,13 @@ _DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.")
     "aten::lift_fresh_copy",
     "aten::masked_fill.Scalar",
     "aten::masked_fill.Tensor",
+    "aten::polar",
     "aten::where.Scalar",
     "aten::where.ScalarOther",
     "aten::where.ScalarSelf",
     "aten::where.self",
     "prims::device_put",
+    "prims::div",
 )
 def pointwise(call: Call) -> Results:
     """Row by row, if all rows meet at the same dim."""
