@@ -122,12 +122,14 @@ def test_padding_of_the_users_own_that_is_cut_off_again():
     """As CUDA's attention aligns a mask: to a multiple of 16 entries, of which it reads the first."""
 
     def aligned(x):
-        return torch.constant_pad_nd(x, [0, 16 - x.shape[1] % 16])
+        return torch.constant_pad_nd(x, [0, 16 - x.shape[-1] % 16])
 
     found = region(lambda x: aligned(x)[:, : x.shape[1]] * 2, dynamic(torch.randn(3, 5), 1))
     verdict = found.prove()
     assert verdict.refusal is None, str(verdict.refusal)
     assert refutation(found, verdict, 13, "poison") is None
+    both = region(lambda x: aligned(x @ x.mT)[:, :, : x.shape[1]] * 2, dynamic(torch.randn(3, 5, 4), 1))
+    assert refute(both, both.prove()) is None
     used = region(lambda x: aligned(x).relu()[:, : x.shape[1]], dynamic(torch.randn(3, 5), 1)).prove()
     assert used.refusal.reason == "pads behind the rows"
 

@@ -212,11 +212,13 @@ def unfold(call: Call) -> Results:
 def pad(call: Call) -> Results:
     """Pads other dims, or the rows in front; ``pad`` holds two numbers per dim, last dim first."""
     operand, pads = call["self"], call["pad"]
+    if depends_on_size(pads):
+        return RefusePadding("pads behind the rows")
     place = 2 * (len(operand.shape) - 1 - operand.row_dim)
     before, behind = pads[place : place + 2] or (0, 0)
     if (before, behind) == (0, 0):
         return call.keep(Fact.REPLICA | (Fact.ZERO if call["value"] == 0 else Fact.NOTHING))
-    if depends_on_size(before) or not (isinstance(behind, int) and behind <= 0) or not operand.rows.together:
+    if not (isinstance(behind, int) and behind <= 0) or not operand.rows.together:
         return RefusePadding("pads behind the rows")
     return in_order(call.keep(Fact.NOTHING))
 
