@@ -104,7 +104,14 @@ def test_masks_hide_nothing_from_calls_without_padding(device):
     assert sum(sg.stats().fallbacks.values()) > 3
 
 
-@pytest.mark.parametrize("make", [lambda x: (x * 2).relu(), lambda x: (x.T * 2, x.T.contiguous(), x.T[:1] + 1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: (x * 2).relu(),
+        lambda x: (x.T * 2, x.T.contiguous(), x.T[:1] + 1),
+        lambda x: (x * 2).expand(3, *x.shape),
+    ],
+)
 def test_rows_that_are_not_outermost_in_memory(make, device):
     """Padded rows lie between real ones: such outputs are copied from the pool, with eager's strides."""
     compiled = torch.compile(make, backend="sharedgraph")

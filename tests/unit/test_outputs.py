@@ -299,6 +299,18 @@ def test_real_rows_that_are_not_outermost_in_memory_are_copied_to_memory_of_thei
     assert ranges[0].is_live()
 
 
+def test_a_compact_copy_of_an_expanded_result_is_expanded():
+    """Its entries that share an address are copied once, as torch refuses to write to one address twice."""
+    stated = (sympy.S.Zero, N, sympy.S.One)
+    known = region([TensorOutput(torch.float32, (sympy.Integer(2), sympy.Integer(3), N), stated, None)])
+    result = torch.randn(3, 8).expand(2, 3, 8)
+    bucket = layout_of(known, [result], rows=8)
+    ranges = ranges_for(bucket)
+    copy_out(bucket, [result], ranges)
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), ranges, [], "region 3", (0, 0))
+    assert_same(got, result[0, :, :5].contiguous().expand(2, 3, 5))
+
+
 def test_one_real_row_needs_no_copy():
     known = region([TensorOutput(torch.float32, (sympy.Integer(1), N), (N, sympy.S.One), None)])
     bucket = layout_of(known, [torch.randn(1, 8)], rows=8)

@@ -18,9 +18,15 @@ from .symbolic import HIDDEN, ROWS, RowDim, Sizes, hide, row_dims, whole
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Padded rows that must hold something before ``user`` reads them: the graph gets an operator that sees to it."""
+    """Padded rows that must hold something before ``user`` reads them: the graph gets an operator that sees to it.
+
+    Attributes:
+        role: which of the user's arguments must, as a number among all nodes that they hold. Where it reads ``source``
+            in another role, too, its rule may count on the rows as they are.
+    """
 
     user: Node
+    role: int
     source: Node
     rows: Rows
     filling: Filling
@@ -79,7 +85,7 @@ class Call:
             return
         if self.masks is None or operand.source is None or not _can_be_masked(rows, filling):
             raise RefusePadding(otherwise)
-        self.masks.append(Mask(self.node, operand.source, rows, filling))
+        self.masks.append(Mask(self.node, operand.role, operand.source, rows, filling))
 
     def aligned(self, operands: Sequence[Operand]) -> list[Operand]:
         """Operands whose entries meet: real ones with real ones, padded with padded ones."""

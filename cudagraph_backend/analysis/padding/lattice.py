@@ -102,6 +102,7 @@ class Operand:
         rows: the rows along this line.
         axes: the rows along every line.
         source: the node that made it.
+        role: its number among all nodes that the operator's arguments hold: one value may be read twice.
     """
 
     shape: tuple[sympy.Expr, ...]
@@ -109,6 +110,7 @@ class Operand:
     rows: Value
     axes: Axes = ()
     source: Node | None = field(default=None, compare=False)
+    role: int = field(default=0, compare=False)
 
     @property
     def row_dim(self) -> int | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from cudagraph_backend.torch_internals import expr, fake_mode_of
 
@@ -51,7 +52,6 @@ class _Masking:
         self._symbols = _symbols(graph)
         self._fake = fake_mode_of(graph)
         self._made: dict[tuple[Node, Rows, Filling], Node] = {}
-        self._replaced: dict[tuple[Node, Node], Node] = {}
         last = graph.find_nodes(op="placeholder")[-1]
         self._first = last.next
         with graph.inserting_after(last):
@@ -60,16 +60,15 @@ class _Masking:
             self._count.meta["val"] = torch.empty((), dtype=torch.int64, device=device)
 
     def mask(self, mask: Mask) -> None:
-        """Lets ``mask.user`` read the masked operand, and no other node."""
-        operand = self._replaced.get((mask.user, mask.source), mask.source)
+        """Lets ``mask.user`` read the masked operand in that role; no other node does."""
+        operand = _in_role(mask.user, mask.role)
         key = (operand, mask.rows, mask.filling)
         if key not in self._made:
             before = self._first if operand.op == "placeholder" else operand.next
             with self._graph.inserting_before(before):
                 self._made[key] = self._masked(operand, in_order(mask.rows), mask.filling)
                 self._made[key].meta["stack_trace"] = mask.user.meta.get("stack_trace")
-        mask.user.replace_input_with(operand, self._made[key])
-        self._replaced[mask.user, mask.source] = self._made[key]
+        _put_in_role(mask.user, mask.role, self._made[key])
 
     def _masked(self, operand: Node, rows: Rows, filling: Filling) -> Node:
         val = operand.meta["val"]
@@ -114,6 +113,17 @@ class _Masking:
         with self._fake:
             node.meta["val"] = target(*_values(args), **kwargs)
         return node
+
+
+def _in_role(user: Node, role: int) -> Node:
+    read: list[Node] = []
+    map_arg((user.args, user.kwargs), read.append)
+    return read[role]
+
+
+def _put_in_role(user: Node, role: int, operand: Node) -> None:
+    roles = count()
+    user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda node: operand if next(roles) == role else node)
 
 
 def _values(args: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, TypeAlias
 
 import sympy
@@ -20,7 +21,7 @@ from . import rules
 from .call import RULES, Call, Mask, RegisteredRule, depends_on_size, leaves
 from .lattice import Axes, Fact, Operand, RefusePadding, Results, Rows
 from .lines import along, lines_of, together
-from .symbolic import ROWS, Sizes, row_dims, shape_text
+from .symbolic import HIDDEN, ROWS, Sizes, row_dims, shape_text
 
 _FILLS: Mapping[Fill, Fact] = {"replica": Fact.REPLICA, "zero": Fact.ZERO, 0: Fact.ZERO}  # other numbers say nothing
 _POINTWISE = RegisteredRule(rules.pointwise)
@@ -69,7 +70,7 @@ def prove(
         try:
             outputs = walk.run(graph)
         except RefusePadding as refused:
-            refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS}
+            refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS, HIDDEN}
         else:
             return Verdict(symbols, None, bool(holds), masks=tuple(masks or ()), outputs=outputs)
     return Verdict(symbols, refusal, False, link)
@@ -162,8 +163,9 @@ class _Walk:
         if schema.name.startswith("aten::sym_"):
             return ()
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
-        arguments.update(zip(arguments, map(self._argument, node.args), strict=False))
-        arguments.update({name: self._argument(argument) for name, argument in node.kwargs.items()})
+        roles = count()
+        arguments.update(zip(arguments, self._argument(node.args, roles), strict=False))  # type: ignore[call-overload]
+        arguments.update({name: self._argument(argument, roles) for name, argument in node.kwargs.items()})
         reaching = [name for name, argument in arguments.items() if depends_on_size(argument)]
         if not reaching and not any(isinstance(leaf, Operand) and leaf.axes for leaf in leaves(arguments)):
             return ()
@@ -221,33 +223,33 @@ class _Walk:
 
     # ---- arguments and results
 
-    def _argument(self, argument: object) -> object:
+    def _argument(self, argument: object, roles: Iterator[int]) -> object:
         """An argument with nodes replaced by what is known of them, and symbolic numbers by sympy's."""
         if isinstance(argument, (list, tuple)):
-            return [self._argument(item) for item in argument]
+            return [self._argument(item, roles) for item in argument]
         if isinstance(argument, Node):
-            return self._argument_of(argument)
+            return self._argument_of(argument, next(roles))
         return self._number(argument) if isinstance(argument, SYMBOLIC) else argument
 
-    def _argument_of(self, node: Node) -> object:
+    def _argument_of(self, node: Node, role: int) -> object:
         val = node.meta.get("val")
         if isinstance(val, SYMBOLIC):
             return self._number(val)
         if isinstance(val, (list, tuple)):
             raise RefusePadding(f"{node.name} is used as a whole")
-        return self._operand(node) if _is_tensor(node) else val
+        return self._operand(node, role) if _is_tensor(node) else val
 
     def _number(self, number: object) -> object:
         expr = self.sizes.expr(number)
         return int(expr) if expr.is_Integer else expr  # type: ignore[call-overload]
 
-    def _operand(self, node: Any) -> Operand:
+    def _operand(self, node: Any, role: int = 0) -> Operand:
         val, axes = node.meta.get("val"), self.values[node]
         if isinstance(axes, RefusePadding):
             raise axes
         if val is None:  # a constant of the graph
             val = getattr(node.graph.owning_module, node.target)
-        return Operand(self.sizes.shape(val), val.dtype, None, axes, node)  # type: ignore[arg-type]
+        return Operand(self.sizes.shape(val), val.dtype, None, axes, node, role)  # type: ignore[arg-type]
 
     def _checked(self, node: Node, value: Found) -> Found:
         """``value``, after checking it against the shape of the node's result, so that no rule can be wrong there."""

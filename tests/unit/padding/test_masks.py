@@ -35,6 +35,18 @@ def causal_by_position(x):
     return attention(x, torch.arange(n)[None, :] <= torch.arange(n)[:, None])
 
 
+def causal_by_table(x, allowed):
+    """Of a table for the longest sequence, the corner that this one needs."""
+    n = x.shape[-2]
+    return attention(x, allowed[:n, :n])
+
+
+def write_own_row(x, values):
+    """One tensor is the rows, where each one picks itself, and the columns, where padded rows must pick any at all."""
+    own = torch.arange(x.shape[0])
+    return x.index_put((own, own), values)
+
+
 def fused(x, **options):
     return F.scaled_dot_product_attention(x.sin(), x.cos(), x.exp(), **options)
 
@@ -72,9 +84,11 @@ MASKED = {
     "sum over columns": (lambda x: x.reshape(-1).sum() + x, [lambda: rows(3, 5, dim=1)]),
     "attention": (lambda x: attention(x), [lambda: rows(2, 5, 4, dim=1)]),
     "attention by position": (causal_by_position, [lambda: rows(2, 5, 4, dim=1)]),
+    "attention by table": (causal_by_table, [lambda: rows(2, 5, 4, dim=1), lambda: torch.ones(900, 900).tril() > 0]),
     "fused attention by position": (fused_with_mask, [lambda: rows(2, 2, 5, 8, dim=2)]),
     "position table": (lambda x, t: x + t[torch.arange(x.shape[0])], [rows, own_table]),
     "position table from the end": (lambda x, t: x + t[9 - torch.arange(x.shape[0])], [rows, own_table]),
+    "written on the diagonal": (write_own_row, [lambda: rows(5, 10), lambda: rows(5)]),
     "written by choice": (lambda x, t: t[:9].index_put((x.argmax(1),), x), [rows, own_table]),
     "added by choice": (lambda x, t: t[:9].index_put((x.argmax(1),), x, accumulate=True), [rows, own_table]),
     "convolution": (lambda x: F.conv1d(x, torch.ones(2, 3, 3), padding=1), [lambda: rows(2, 3, 5, dim=2)]),
@@ -125,6 +139,8 @@ def test_without_its_masks_the_region_is_wrong(name):
         lambda x: x.topk(2, 0).values,
         lambda x: x.flip(0),
         lambda x: x[-1],
+        lambda x: x.t().argmax(),
+        lambda x: (x @ x.t()).argmin(),
         lambda x: x[:, None].expand(-1, x.shape[0], -1).reshape(-1, 4),
         lambda x: F.conv1d(x.t()[None], torch.ones(2, 4, 3), stride=2),
         lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
@@ -133,6 +149,13 @@ def test_without_its_masks_the_region_is_wrong(name):
 )
 def test_what_no_mask_makes_exact_is_refused(function):
     assert traced(function, rows()).prove(masked=True).refusal is not None
+
+
+def test_places_among_all_entries_stay_where_rows_are_outermost():
+    found = traced(lambda x: (x.abs().cumsum(0).argmax(), x.unsqueeze(0).argmin()), rows())
+    verdict = found.prove(masked=True)
+    assert len(verdict.masks) == 2
+    assert refute(found, verdict) is None
 
 
 def test_weight_gradients():

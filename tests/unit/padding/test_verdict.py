@@ -49,6 +49,13 @@ def test_symbols_that_belong_to_one_dim_are_linked():
     assert refute(found, linked) is None
 
 
+def test_links_are_symbols_of_the_region():
+    """Rows looked up by numbers of rows along another dim: that dim's size is no symbol to pad together with."""
+    verdict = region(lambda x: F.embedding(torch.arange(x.shape[0]), x), dynamic(torch.randn(5, 4))).prove()
+    assert verdict.refusal is not None
+    assert not verdict.link
+
+
 def test_outputs_tell_their_rows():
     def outputs(x):
         return x.t() * 2, x.shape[0], CONSTANT * 2, (x[:, None] * CONSTANT[:1]).reshape(-1, 2), x.shape[0] * 3

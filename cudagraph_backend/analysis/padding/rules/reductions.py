@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..call import Call, rule
-from ..lattice import FREE, Fact, Filling, RefusePadding, Results
+from ..lattice import FREE, Fact, Filling, Operand, RefusePadding, Results
+from ..symbolic import product
 
 #: What the padded rows must hold so that reducing over them gives what the real rows alone give.
 _EXACT_OVER_ROWS = {
@@ -75,7 +76,7 @@ def reduce(call: Call) -> Results:
     if not over_rows(call):
         return call.keep(Fact.REPLICA | (Fact.ZERO if name in _ZERO_FROM_ZEROS else Fact.NOTHING))
     if not operand.holds(_EXACT_OVER_ROWS.get(name, Fact.NOTHING)):
-        if name not in _NEUTRAL or (name in _PLACES and not operand.together):
+        if name not in _NEUTRAL or (name in _PLACES and not _places_stay(call, operand)):
             raise RefusePadding("reduces over the padded rows")
         call.fill(operand, _NEUTRAL[name], "reduces over the padded rows")
     return FREE
@@ -139,6 +140,12 @@ def halves(call: Call) -> Results:
     if over_rows(call):
         raise RefusePadding("gates rows with other rows")
     return call.keep(Fact.REPLICA | Fact.ZERO)
+
+
+def _places_stay(call: Call, operand: Operand) -> bool:
+    """Whether real entries have the same number among all that are reduced, padded or not."""
+    assert operand.rows is not FREE
+    return operand.rows.together and (call["dim"] is not None or product(operand.shape[: operand.rows.dim]) == 1)
 
 
 def over_rows(call: Call) -> bool:

@@ -105,7 +105,7 @@ def cut(call: Call) -> Results:
     if operand.rows is FREE:
         return _prefix(call, operand, dim)
     if dim != operand.row_dim:
-        return call.keep(Fact.ALL)
+        return call.keep(Fact.ALL, dim=operand.row_dim)
     rows, left = operand.rows, call.result_dim()
     if left is None and rows.together and _is_count(start) and _is_count(call["end"]):
         return FREE  # the shape is fixed, so the guards say that there are at least ``end`` real entries
