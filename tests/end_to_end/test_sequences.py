@@ -54,6 +54,7 @@ def test_prompts_of_any_number_and_length_equal_eager(name, options, device):
             assert len(got) == len(expected) > 0
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            del got, a  # a live output would take a second range, with graphs of its own, on torch 2.11
             captures.append(sg.stats().captures)
     stats = sg.stats()
     assert captures[-1] == captures[len(shapes)]  # the first pass over the shapes made all buckets

@@ -1,4 +1,4 @@
-"""The tests of the probe once more, on a GPU with the cuda driver (apart from the others: they run without gradients)."""
+"""The tests of the probe once more, on a GPU with the cuda driver (apart: they run without gradients)."""
 
 from tests.end_to_end.test_probe import *  # noqa: F403
 

@@ -40,6 +40,8 @@ class Outcome:
         refusal, operator: why padding was refused, and at which ATen operator; None if judged safe.
         needs_replica: whether the verdict assumes that padded rows of inputs are replicas of the last row.
         zero_safe, needs_zero: the same for a verdict on padding with zeros.
+        masked: whether a refused case is judged safe with masks put into its graph.
+        masked_truth: how a real row changed in spite of them, or None.
         has_rows: whether the sizes of all results are fixed or multiples of the rows (not, say, one less).
         truth: for each fill that was tried, how a real row changed, or None if none did.
     """
@@ -54,6 +56,8 @@ class Outcome:
     needs_replica: bool = False
     zero_safe: bool = False
     needs_zero: bool = False
+    masked: bool = False
+    masked_truth: str | None = None
     has_rows: bool = True
     truth: dict[str, str | None] = field(default_factory=dict)
 
@@ -79,6 +83,8 @@ class Outcome:
             promised |= {"replica"} if self.needs_replica else set(FILLS)
         if self.zero_safe:
             promised |= {"zero"} if self.needs_zero else set(FILLS)
+        if self.masked_truth is not None:
+            return f"masked: {self.masked_truth}"
         return next(
             (f"{fill}: {self.truth[fill]}" for fill in FILLS if fill in promised and self.truth.get(fill)), None
         )
@@ -106,6 +112,11 @@ def judge(op: str, sample: Sample, dims: Dims, report=lambda outcome: None) -> O
         outcome.truth[fill] = "ended the process"
         report(outcome)
         outcome.truth[fill] = _truth(region, verdict, buckets, fill)
+    masked = region.prove(masked=True)
+    if outcome.refusal is not None and masked.refusal is None:
+        outcome.masked, outcome.masked_truth = True, "ended the process"
+        report(outcome)
+        outcome.masked_truth = _truth(region, masked, buckets, "replica")
     return outcome
 
 

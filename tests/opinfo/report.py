@@ -57,7 +57,8 @@ def _intro(found: Sequence[Outcome], samples: int) -> list[str]:
         "samples. A *case* is a sample with one dim dynamic, and with it those that must equal it. Its graph,",
         "decomposed as for Inductor, got a verdict, and was then run padded to two larger sizes, the padded rows",
         "filled with replicas of the last row, zeros, NaN (or the smallest integer) and the largest number. A case is",
-        "*safe* if no real row changed.",
+        "*safe* if no real row changed. A case refused as it stands got a second verdict, with masks put into its",
+        "graph, which was run padded with replicas.",
     ]
 
 
@@ -81,6 +82,10 @@ def _totals(found: Sequence[Outcome]) -> Mapping[str, str]:
         "of these judged safe  ": _part([o for o in replica if o.safe], replica),
         "safe if filled with zeros only": f"{len(zero)}",
         "of these judged safe   ": _part([o for o in zero if o.zero_safe], zero),
+        "refused as it stands, and safe with masks put into its graph": f"{sum(o.masked for o in found)}",
+        "safe whatever padded rows hold, judged safe as it stands or with masks": _part(
+            [o for o in safe if o.safe or o.masked], safe
+        ),
     }
 
 

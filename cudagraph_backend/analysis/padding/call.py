@@ -147,7 +147,7 @@ class Call:
 
 def _can_be_masked(rows: Rows, filling: Filling) -> bool:
     if filling == "last":
-        return rows.per == 1 and rows.together
+        return rows.per == 1 and rows.together and bool((rows.per + rows.extra).is_positive)  # there is a last row
     blocks = sympy.S.One if rows.blocks is None else rows.blocks
     return all(size.is_polynomial() and not size.has(HIDDEN) for size in (rows.per, blocks, rows.extra))
 
