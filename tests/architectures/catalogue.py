@@ -267,7 +267,6 @@ def _multimodal() -> Iterator[Architecture]:
             "multimodal",
             partial(_hugging_face, f"{family}Model", **both),
             _pair,
-            "the dim is not outermost in the memory of output",
         )
 
 
@@ -337,16 +336,13 @@ def _mixtures() -> Iterator[Architecture]:
     }
     for family in ("GptOss", "Mixtral", "Olmoe", "Phimoe", "Qwen2Moe", "Qwen3Moe"):
         model = partial(_hugging_face, f"{family}ForCausalLM", **settings)
-        refused = "may be no valid index" if family == "Phimoe" else "sorts over the padded rows"
-        yield Architecture(family, "mixture of experts", model, _prompt, refused)
+        yield Architecture(family, "mixture of experts", model, _prompt, "sorts over the padded rows")
         if family in ("Mixtral", "Qwen3Moe"):
             gathering = partial(_with_experts, model, "batched_mm")
             name = f"{family} (experts: batched_mm)"
-            yield Architecture(name, "mixture of experts", gathering, _prompt, "may be no valid index")
+            yield Architecture(name, "mixture of experts", gathering, _prompt)
     looping = partial(_with_experts, partial(_hugging_face, "MixtralForCausalLM", **settings), "eager")
-    yield Architecture(
-        "Mixtral (experts: eager)", "mixture of experts", looping, _prompt, "reduces over the padded rows"
-    )
+    yield Architecture("Mixtral (experts: eager)", "mixture of experts", looping, _prompt, "has a dynamic stride")
 
 
 def _with_experts(model: Callable[[], Any], implementation: str) -> nn.Module:

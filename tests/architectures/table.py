@@ -24,8 +24,9 @@ verdict was then tested by running the graph with padded rows: the real rows mus
 
 {padded} of {all} are padded throughout; *partly* means that of several dims or regions some are refused.
 *Padded rows hold* says what the proof needs: anything (tested with NaN and the largest numbers, too), or a copy of the
-last real row, the default fill. A refusal is no error: such a dim gets one graph per batch size, and what can't be
-captured runs as Inductor compiled it. It means that padding is not proven, not that it would be wrong.
+last real row, the default fill; *masked*: the graph is changed so that they hold what else is needed. A refusal is no
+error: such a dim gets one graph per batch size, and what can't be captured runs as Inductor compiled it. It means that
+padding is not proven, not that it would be wrong.
 """
 
 
@@ -46,12 +47,14 @@ class Row:
 def row(architecture: Architecture, found: list[Finding]) -> Row:
     refusals = [refusal for finding in found for refusal in finding.refusals]
     padded = [dim for finding in found for dim in finding.dims if dim.refusal is None and not finding.uncapturable]
+    holds = "last row" if any(dim.needs_fill for dim in padded) else "anything"
+    masked = ", masked" if any(dim.masks for dim in padded) else ""
     verdict = ("partly" if padded else "refused") if refusals else "padded"
     return Row(
         architecture,
         regions=len(found),
         verdict=verdict,
-        holds=("last row" if any(dim.needs_fill for dim in padded) else "anything") if padded else "",
+        holds=holds + masked if padded else "",
         reason="; ".join(dict.fromkeys(map(_reason, refusals))),
     )
 

@@ -130,7 +130,9 @@ def bucketize(call: Call) -> Results:
 @rule("aten::searchsorted.Tensor", "aten::searchsorted.Scalar")
 def searchsorted(call: Call) -> Results:
     """As :func:`bucketize`; or each row's entries among the row's own boundaries."""
-    boundaries, entries = call["sorted_sequence"], call["self"]
+    boundaries, entries, sorter = call["sorted_sequence"], call["self"], call["sorter"]
+    if sorter is not None and sorter.rows is not FREE:
+        _stays_inside(call, sorter, boundaries.shape[-1])
     if boundaries.rows is FREE and len(boundaries.shape) == 1:
         call.only("self")
         return call.keep(Fact.NOTHING)
