@@ -9,7 +9,7 @@ mask with what makes or reads the operand. At the exact size a mask changes noth
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any
 
@@ -37,9 +37,7 @@ def lacking(graph: Graph, masks: Sequence[Mask]) -> frozenset[sympy.Symbol]:
     """Symbols that the masks need and no input of the graph has as a size."""
     symbols: frozenset[sympy.Symbol] = frozenset()
     for mask in masks:
-        rows = mask.rows
-        sizes = (rows.per, rows.extra, sympy.S.One if rows.blocks is None else rows.blocks)
-        symbols = symbols.union(*(size.free_symbols for size in sizes))
+        symbols = symbols.union(expr(mask.source.meta["val"].shape[mask.rows.dim]).free_symbols)
     return symbols - _symbols(graph).keys()
 
 
@@ -52,6 +50,7 @@ class _Masking:
         self._symbols = _symbols(graph)
         self._fake = fake_mode_of(graph)
         self._made: dict[tuple[Node, Rows, Filling], Node] = {}
+        self._shared: dict[Hashable, Node] = {}
         last = graph.find_nodes(op="placeholder")[-1]
         self._first = last.next
         with graph.inserting_after(last):
@@ -72,22 +71,43 @@ class _Masking:
 
     def _masked(self, operand: Node, rows: Rows, filling: Filling) -> Node:
         val = operand.meta["val"]
-        size = self._add(aten.sym_size.int, operand, rows.dim)
-        entry = self._add(
-            prims.iota.default, size, start=0, step=1, dtype=torch.int64, device=self._device, requires_grad=False
-        )
+        size = expr(val.shape[rows.dim])
         if filling == "last":
-            last = self._add(aten.sub.Tensor, self._end(rows), 1)
-            index = self._add(aten.minimum.default, entry, last)
+            index = self._once(("index", size, rows.extra), lambda: self._kept_real(size, rows))
             return self._add(aten.index.Tensor, operand, [*[None] * rows.dim, index])
-        if rows.blocks != 1:
-            period = self._add(operator.floordiv, size, self._number(rows.blocks))
-            entry = self._add(aten.remainder.Scalar, entry, period)
-        is_real = self._add(aten.lt.Tensor, entry, self._end(rows))
-        is_real = self._add(aten.view.default, is_real, [-1] + [1] * (val.ndim - 1 - rows.dim))
+        behind = val.ndim - 1 - rows.dim
+        key = ("is real", size, rows.per, rows.blocks, rows.extra, behind)
+        is_real = self._once(key, lambda: self._is_real(size, rows, behind))
         number = _number(filling, val.dtype)
-        other = self._add(aten.full.default, [], number, dtype=val.dtype, device=self._device, pin_memory=False)
+        other = self._once(("filling", filling, val.dtype), lambda: self._scalar(number, val.dtype))
         return self._add(aten.where.self, is_real, operand, other)
+
+    def _once(self, key: Hashable, make: Callable[[], Node]) -> Node:
+        """A node at the front of the graph that several masks read."""
+        if key not in self._shared:
+            with self._graph.inserting_before(self._first):
+                self._shared[key] = make()
+        return self._shared[key]
+
+    def _is_real(self, size: sympy.Expr, rows: Rows, behind: int) -> Node:
+        """Which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
+        entry = self._entries(size)
+        if rows.blocks != 1:
+            entry = self._add(aten.remainder.Scalar, entry, self._number((size / rows.blocks).cancel().expand()))
+        is_real = self._add(aten.lt.Tensor, entry, self._end(rows))
+        return self._add(aten.view.default, is_real, [-1] + [1] * behind)
+
+    def _kept_real(self, size: sympy.Expr, rows: Rows) -> Node:
+        """For each entry of a dim its own number, and for padded ones that of the last real entry."""
+        last = self._add(aten.sub.Tensor, self._end(rows), 1)
+        return self._add(aten.minimum.default, self._entries(size), last)
+
+    def _entries(self, size: sympy.Expr) -> Node:
+        options = {"start": 0, "step": 1, "dtype": torch.int64, "device": self._device, "requires_grad": False}
+        return self._add(prims.iota.default, self._number(size), **options)
+
+    def _scalar(self, number: bool | int | float, dtype: torch.dtype) -> Node:
+        return self._add(aten.full.default, [], number, dtype=dtype, device=self._device, pin_memory=False)
 
     def _end(self, rows: Rows) -> Node:
         """The number of real entries of a block."""

@@ -29,6 +29,8 @@ class Sizes:
 
     def expr(self, number: object) -> sympy.Basic:
         """``number`` in terms of ``ROWS``, expanded so that equal sizes are equal expressions."""
+        if type(number) is int:
+            return sympy.Integer(number)
         raw = expr(number)
         if raw not in self._seen:
             renamed = raw.xreplace(self._symbols)

@@ -10,7 +10,7 @@ import sympy
 
 from ..call import Call, depends_on_size, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order
-from ..symbolic import ROWS, product, shape_text, whole
+from ..symbolic import ROWS, RowDim, product, shape_text, whole
 
 
 @rule(
@@ -48,9 +48,16 @@ def permute(call: Call) -> Results:
 @rule("aten::view", "aten::reshape", "aten::_unsafe_view", sizes=("size", "shape"))
 def reshape(call: Call) -> Results:
     """In memory, rows are blocks of ``n`` chunks of entries; a reshape must keep blocks and chunks whole."""
-    operand, shape = call.only("self"), call.result_shape()
-    mixes = f"a reshape of {shape_text(operand.shape)} to {shape_text(shape)} mixes the rows"
-    after, rows = call.result_dim(), operand.rows
+    operand, shape, after = call.only("self"), call.result_shape(), call.result_dim()
+    try:
+        return _reshaped(operand, shape, after)
+    except RefusePadding:
+        text = f"a reshape of {shape_text(operand.shape)} to {shape_text(shape)} mixes the rows"
+        raise RefusePadding(text) from None
+
+
+def _reshaped(operand: Operand, shape: Sequence[sympy.Expr], after: RowDim | None) -> Rows:
+    rows, mixes = operand.rows, "mixes the rows"
     if rows is FREE or after is None:
         raise RefusePadding(mixes)
     dim, before = after.dim, product(operand.shape[: rows.dim])
@@ -58,13 +65,12 @@ def reshape(call: Call) -> Results:
         if (rows.count, rows.extra) != after[1:] or before != product(shape[:dim]):
             raise RefusePadding(mixes)
         return replace(rows, dim=dim)
-    blocks = before * rows.count / rows.per
     chunk = product((rows.per, *operand.shape[rows.dim + 1 :]))
     return Rows(
         dim,
         per=whole(chunk, product(shape[dim + 1 :]), mixes),
         holds=rows.holds,
-        blocks=whole(sympy.expand(blocks), product(shape[:dim]), mixes),
+        blocks=whole(sympy.expand(before * rows.count / rows.per), product(shape[:dim]), mixes),
     )
 
 
