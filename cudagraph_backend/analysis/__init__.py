@@ -77,11 +77,13 @@ def analyse(
 
 def complete(region: Region, compiled: Any) -> Region:
     """The same region with what Inductor decided while compiling it."""
+    if region.refusal is not None:
+        return region  # it is called as it is; what Inductor states of it may name sizes that only a run tells
     guards_known = region.shapes.freeze_guards()
     mutated = torch_internals.mutated_inputs(compiled)
     inputs = tuple(dataclasses.replace(i, mutated=i.index in mutated) for i in region.inputs)
     outputs = with_strides(region.outputs, torch_internals.output_strides(compiled), region.shapes)
-    refusal = region.refusal or _refused_by_inductor(region, compiled) or _refused_mutation(inputs)
+    refusal = _refused_by_inductor(region, compiled) or _refused_mutation(inputs)
     return dataclasses.replace(
         region,
         inputs=inputs,
