@@ -59,6 +59,8 @@ def test_prompts_of_any_number_and_length_equal_eager(name, options, device):
     stats = sg.stats()
     assert captures[-1] == captures[len(shapes)]  # the first pass over the shapes made all buckets
     assert stats.captures <= len(set(shapes))
-    assert stats.regions == 2  # the first call's sizes are taken as fixed
+    assert (
+        stats.regions <= 2
+    )  # Dynamo takes the first call's sizes as fixed, unless it has seen the model's code before
     assert stats.fallbacks == {}
     assert "not padded" not in sg.explain()
