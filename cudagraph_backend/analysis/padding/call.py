@@ -83,7 +83,7 @@ class Call:
         rows = operand.rows
         if rows is FREE:
             return
-        if self.masks is None or operand.source is None or not _can_be_masked(rows, filling):
+        if self.masks is None or operand.source is None or not _can_be_masked(rows, filling, operand.dtype):
             raise RefusePadding(otherwise)
         self.masks.append(Mask(self.node, operand.role, operand.source, rows, filling))
 
@@ -145,7 +145,9 @@ class Call:
         return Rows(found.dim, per, facts, blocks, found.extra)
 
 
-def _can_be_masked(rows: Rows, filling: Filling) -> bool:
+def _can_be_masked(rows: Rows, filling: Filling, dtype: torch.dtype) -> bool:
+    if filling in ("lowest", "highest") and (dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2)):
+        return False  # complex numbers have no order, and some floats of one byte no infinity
     if filling == "last":
         return rows.per == 1 and rows.together and bool((rows.per + rows.extra).is_positive)  # there is a last row
     blocks = sympy.S.One if rows.blocks is None else rows.blocks

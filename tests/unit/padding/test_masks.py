@@ -158,6 +158,11 @@ def test_places_among_all_entries_stay_where_rows_are_outermost():
     assert refute(found, verdict) is None
 
 
+def test_numbers_without_an_order_have_no_least_one():
+    found = traced(lambda x: x.logsumexp(0), dynamic(torch.randn(5, 4, dtype=torch.complex64)), decompose=False)
+    assert found.prove(masked=True).refusal.reason == "reduces over the padded rows"
+
+
 def test_weight_gradients():
     """The backward of a layer sums over the batch: exact over masked rows."""
     layer = nn.Linear(4, 3)
