@@ -15,7 +15,20 @@ ALIGNMENT = 512
 MOVES = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # torch 2.11 keeps live outputs where they are
 
 
-def compiled(function, **options):
+def rows(function, **options):
+    """Compiled for any number of rows, and for the number of columns of its first call."""
+    inner = torch.compile(function, backend="sharedgraph", options=options)
+
+    def call(*tensors):
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return inner(*tensors)
+
+    return call
+
+
+def all_dims(function, **options):
+    """Compiled for any sizes. Where a function has graph breaks, this is what makes all of its regions dynamic."""
     return torch.compile(function, backend="sharedgraph", options=options, dynamic=True)
 
 
@@ -32,29 +45,43 @@ def integers(*size, device):
 
 def stir(x):
     """Bounded, exact, and sensitive to every bit; reads other entries than it writes."""
-    return torch.remainder(x.flip(1) * 3 + 1, 1009)
+    return torch.remainder(four_columns(x).flip(1) * 3 + 1, 1009)
+
+
+def four_columns(x):
+    """Compiled code then knows their number: rows alone are dynamic."""
+    if x.shape[1] != 4:
+        raise ValueError
+    return x
 
 
 def six_regions(x):
     a = stir(x)
     torch._dynamo.graph_break()
-    b = a + 1
+    b = four_columns(a) + 1
     torch._dynamo.graph_break()
     c = stir(b)
     torch._dynamo.graph_break()
-    d = c * 2
+    d = four_columns(c) * 2
     torch._dynamo.graph_break()
     e = stir(d)
     torch._dynamo.graph_break()
-    return e - 3
+    return four_columns(e) - 3
 
 
-SIX = (stir, lambda x: x + 1, stir, lambda x: x * 2, stir, lambda x: x - 3)
+SIX = (
+    lambda x: stir(x),
+    lambda x: x + 1,
+    lambda x: stir(x) + 0,
+    lambda x: x * 2,
+    lambda x: stir(x) - 0,
+    lambda x: x - 3,
+)
 
 
 def chained(device):
     """The same as six functions, each compiled alone."""
-    functions = [compiled(lambda x, f=f: f(x), capture_sizes=BUCKETS) for f in SIX]
+    functions = [rows(function, capture_sizes=BUCKETS) for function in SIX]
 
     def run(x):
         for function in functions:
@@ -65,7 +92,7 @@ def chained(device):
 
 
 def broken(device):
-    return compiled(six_regions, capture_sizes=BUCKETS)
+    return all_dims(six_regions, capture_sizes=BUCKETS)
 
 
 def counted(attribute):
@@ -120,7 +147,7 @@ def test_a_second_round_captures_nothing(device):
 
 
 def test_several_pooled_inputs_are_all_read_in_place(device):
-    first, second = compiled(lambda x: (x * 2, x + 1)), compiled(lambda a, b: a * b - a)
+    first, second = rows(lambda x: (x * 2, x + 1)), rows(lambda a, b: a * b - a)
     for size in (5, 12, 5, 31):
         x = integers(size, 4, device=device)
         assert torch.equal(second(*first(x)), (x * 2) * (x + 1) - x * 2)
@@ -131,7 +158,7 @@ def test_several_pooled_inputs_are_all_read_in_place(device):
 
 def test_pooled_and_other_inputs_are_told_apart_at_every_call(device):
     """One function, called now with a pooled output, now with the user's own tensor, now with both swapped."""
-    produce, add = compiled(lambda x: x * 2), compiled(lambda a, b: a * 3 - b)
+    produce, add = rows(lambda x: x * 2), rows(lambda a, b: a * 3 - b)
     for size in (5, 12, 5, 31) * 2:
         x, own = integers(size, 4, device=device), integers(size, 4, device=device)
         pooled, expected = produce(x), x * 2
@@ -201,7 +228,7 @@ def test_layers_copy_only_what_comes_from_outside(device):
 def test_a_residual_stream_over_layers(device):
     """Two values are alive at a time: the stream, and what a layer adds to it."""
     layers = layers_of(8, device, capture_sizes=[32])
-    add = compiled(lambda a, b: torch.remainder(a + b, 1009), capture_sizes=[32])
+    add = rows(lambda a, b: torch.remainder(a + b, 1009), capture_sizes=[32])
     for size in (5, 32, 17, 5):
         torch.compiler.cudagraph_mark_step_begin()
         x = expected = integers(size, 8, device=device)
@@ -217,7 +244,7 @@ def test_a_residual_stream_over_layers(device):
 
 
 def test_feedback_alternates_between_two_ranges(device):
-    f = compiled(stir, capture_sizes=[8, 16, 32])
+    f = rows(stir, capture_sizes=[8, 16, 32])
     starts = 0
     for size in (5, 16, 31):
         x = expected = integers(size, 4, device=device)
@@ -237,7 +264,7 @@ def test_feedback_alternates_between_two_ranges(device):
 
 
 def test_feedback_of_two_states(device):
-    f = compiled(lambda a, b: (stir(b), torch.remainder(a + b, 1009)), capture_sizes=[16])
+    f = rows(lambda a, b: (stir(b), torch.remainder(a + b, 1009)), capture_sizes=[16])
     a, b = integers(9, 4, device=device), integers(9, 4, device=device)
     ea, eb = a, b
     for _ in range(100):
@@ -251,7 +278,7 @@ def test_feedback_of_two_states(device):
 
 def test_feedback_swapped_at_every_other_step(device):
     """``a, b = f(b, a)``: each output is read at the position of the other."""
-    f = compiled(lambda a, b: (stir(a), b + 1))
+    f = rows(lambda a, b: (stir(a), b + 1))
     a, b = integers(9, 4, device=device), integers(9, 4, device=device)
     ea, eb = a, b
     for _ in range(20):
@@ -262,7 +289,7 @@ def test_feedback_swapped_at_every_other_step(device):
 
 
 def test_feedback_while_the_values_before_are_kept(device):
-    f = compiled(stir)
+    f = rows(stir)
     x = integers(9, 4, device=device)
     kept, expected = [x], [x.clone()]
     for _ in range(12):
@@ -280,14 +307,14 @@ def states(x):
     torch._dynamo.graph_break()
     b = stir(a)
     torch._dynamo.graph_break()
-    c = a + b
+    c = four_columns(a) + four_columns(b)
     torch._dynamo.graph_break()
     d = stir(c)
     return [a, b, c, d, b[1:]]
 
 
 def test_outputs_alive_in_the_step_are_not_overwritten(device):
-    f = compiled(states, capture_sizes=[16, 32])
+    f = all_dims(states, capture_sizes=[16, 32])
     pool = []
     for size in (5, 31, 16, 5, 9, 31):
         x = integers(size, 4, device=device)
@@ -301,7 +328,7 @@ def test_outputs_alive_in_the_step_are_not_overwritten(device):
 
 
 def test_dropping_a_step_lets_the_next_one_use_its_memory(device):
-    f = compiled(states, capture_sizes=[16])
+    f = all_dims(states, capture_sizes=[16])
     addresses = []
     for _ in range(4):
         got = f(integers(9, 4, device=device))
@@ -312,7 +339,7 @@ def test_dropping_a_step_lets_the_next_one_use_its_memory(device):
 
 
 def test_outputs_of_earlier_steps_are_moved_out_and_the_pool_does_not_grow(device):
-    f = compiled(states, capture_sizes=[16])
+    f = all_dims(states, capture_sizes=[16])
     kept, pool = [], []
     for _ in range(6):
         x = integers(9, 4, device=device)
@@ -328,7 +355,7 @@ def test_outputs_of_earlier_steps_are_moved_out_and_the_pool_does_not_grow(devic
 
 def test_a_loop_keeps_all_its_hidden_states(device):
     """The states of the loop are of one step, as the caller says where steps begin."""
-    f = compiled(stir, capture_sizes=[16])
+    f = rows(stir, capture_sizes=[16])
     pool = []
     for size in (9, 16, 3):
         torch.compiler.cudagraph_mark_step_begin()
@@ -353,11 +380,11 @@ def test_a_branch_taken_in_some_steps(device):
     def function(x, flag):
         a = stir(x)
         torch._dynamo.graph_break()
-        b = a + 1 if flag else stir(a)
+        b = four_columns(a) + 1 if flag else stir(a)
         torch._dynamo.graph_break()
         return a, b, stir(b)
 
-    f = compiled(function)
+    f = all_dims(function)
     for size, flag in [(5, True), (5, False), (9, True), (5, True), (9, False), (5, False)] * 2:
         x = integers(size, 4, device=device)
         for ours, expected in zip(f(x, flag), function(x, flag), strict=True):
@@ -366,7 +393,7 @@ def test_a_branch_taken_in_some_steps(device):
 
 def test_the_same_function_twice_on_one_value(device):
     """Both results and the value itself are alive, and of one step."""
-    produce, f = compiled(lambda x: x + 1), compiled(stir)
+    produce, f = rows(lambda x: x + 1), rows(stir)
     for size in (5, 12, 5):
         torch.compiler.cudagraph_mark_step_begin()
         x = integers(size, 4, device=device)
@@ -402,6 +429,7 @@ CONSUMERS = {
     "anything in padded rows": lambda x: x * 2 + 1,
     "replicas in padded rows": lambda x: x.cumsum(0),
     "masks": lambda x: (x.sum(0), x.flip(-1) + 1),
+    "padded columns too": lambda x: x * 3 - 1,
 }
 
 
@@ -409,8 +437,8 @@ CONSUMERS = {
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_piece_of_a_pooled_output_as_input(view, consumer, device):
     """Padding rows of the piece may be real rows of the output, which must come to no harm."""
-    produce, function = compiled(lambda x: x + 1), CONSUMERS[consumer]
-    consume = compiled(function)
+    produce, function = rows(lambda x: x + 1), CONSUMERS[consumer]
+    consume = all_dims(function) if "columns" in consumer else rows(function)
     for size in (11, 6, 13, 11):
         x = integers(size, 6, device=device)
         y, expected = produce(x), x + 1
@@ -423,8 +451,8 @@ def test_a_piece_of_a_pooled_output_as_input(view, consumer, device):
 
 
 def test_a_larger_bucket_in_the_consumer_than_in_the_producer(device):
-    produce = compiled(lambda x: (x + 1, x - 1), capture_sizes=[8])
-    consume = compiled(lambda a: a.cumsum(0), capture_sizes=[64])
+    produce = rows(lambda x: (x + 1, x - 1), capture_sizes=[8])
+    consume = rows(lambda a: a.cumsum(0), capture_sizes=[64])
     for size in (5, 8, 7):
         x = integers(size, 6, device=device)
         low, high = produce(x)
@@ -435,8 +463,8 @@ def test_a_larger_bucket_in_the_consumer_than_in_the_producer(device):
 
 
 def test_a_smaller_bucket_in_the_consumer_than_in_the_producer(device):
-    produce = compiled(lambda x: (x + 1, x - 1), capture_sizes=[64])
-    consume = compiled(lambda a: a.cumsum(0), capture_sizes=[8, 16])
+    produce = rows(lambda x: (x + 1, x - 1), capture_sizes=[64])
+    consume = rows(lambda a: a.cumsum(0), capture_sizes=[8, 16])
     for size in (5, 8, 7, 12):
         x = integers(size, 6, device=device)
         low, high = produce(x)
@@ -445,7 +473,7 @@ def test_a_smaller_bucket_in_the_consumer_than_in_the_producer(device):
 
 
 def test_pieces_that_overlap_in_one_call(device):
-    produce, consume = compiled(lambda x: x + 1), compiled(lambda a, b: a * 2 - b)
+    produce, consume = rows(lambda x: x + 1), rows(lambda a, b: a * 2 - b)
     for size in (11, 6, 13):
         x = integers(size, 6, device=device)
         y, expected = produce(x), x + 1
@@ -455,7 +483,7 @@ def test_pieces_that_overlap_in_one_call(device):
 
 
 def test_a_piece_of_an_output_that_was_moved_out(device):
-    produce, consume = compiled(lambda x: x + 1), compiled(lambda x: x.cumsum(0))
+    produce, consume = rows(lambda x: x + 1), rows(lambda x: x.cumsum(0))
     kept = []
     for size in (11, 6, 13, 11):
         x = integers(size, 6, device=device)
@@ -467,11 +495,10 @@ def test_a_piece_of_an_output_that_was_moved_out(device):
 
 def test_an_output_whose_rows_lie_between_padded_ones(device):
     """Along the second dim padded rows lie between real ones; the next region must get the real ones."""
-    produce, consume = compiled(lambda x: x + 1), compiled(lambda x: stir(x) + x.sum(1, keepdim=True))
+    produce, consume = all_dims(lambda x: x + 1), all_dims(lambda x: x * 2 + x.sum(1, keepdim=True))
     for size in (5, 11, 5, 3):
         x = integers(3, size, device=device)
-        torch._dynamo.mark_dynamic(x, 1)
-        assert torch.equal(consume(produce(x)), stir(x + 1) + (x + 1).sum(1, keepdim=True))
+        assert torch.equal(consume(produce(x)), (x + 1) * 2 + (x + 1).sum(1, keepdim=True))
 
 
 # ---- pooled inputs that are written
@@ -482,7 +509,7 @@ def test_a_pooled_input_that_is_changed_in_place(device):
         x.add_(1)
         return x * 2
 
-    produce, f = compiled(lambda x: x * 3), compiled(change)
+    produce, f = rows(lambda x: x * 3), rows(change)
     for size in (5, 12, 5, 31):
         x = integers(size, 4, device=device)
         y = produce(x)
@@ -495,7 +522,7 @@ def test_a_pooled_input_that_is_changed_in_place(device):
 
 
 def test_a_piece_of_a_pooled_input_that_is_changed_in_place(device):
-    produce, f = compiled(lambda x: x * 3), compiled(lambda x: x.mul_(2).sum(1))
+    produce, f = rows(lambda x: x * 3), rows(lambda x: x.mul_(2).sum(1))
     for size in (5, 12, 5, 31):
         x = integers(size, 4, device=device)
         y, expected = produce(x), x * 3
@@ -505,7 +532,7 @@ def test_a_piece_of_a_pooled_input_that_is_changed_in_place(device):
 
 
 def test_a_pooled_input_that_comes_back_as_output(device):
-    produce, f = compiled(lambda x: x * 3), compiled(lambda x: (x, x[1:], x + 1))
+    produce, f = rows(lambda x: x * 3), rows(lambda x: (x, x[1:], x + 1))
     for size in (5, 12, 5, 31):
         x = integers(size, 4, device=device)
         y = produce(x)
@@ -524,7 +551,7 @@ def test_a_pooled_output_as_a_state_that_every_step_updates(device):
         cache.copy_(torch.remainder(cache.flip(1) + x, 1009))
         return cache.sum(1)
 
-    make, f = compiled(lambda x: x * 2), compiled(update)
+    make, f = rows(lambda x: x * 2), rows(update)
     x = integers(9, 4, device=device)
     cache, expected = make(x), x * 2
     for i in range(10):
