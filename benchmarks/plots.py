@@ -19,6 +19,7 @@ COLOURS = {
     "hand-written": "#009e73",
     "raw replay": "#000000",
     "sharedgraph": "#d55e00",
+    "sharedgraph, warmed up": "#0072b2",
 }
 PANELS = 3  # in one line
 
@@ -35,9 +36,10 @@ def draw(file: Path, where: Environment, found: Sequence[Row]) -> None:
     from matplotlib import pyplot
 
     keys = distinct(f"{row.metric}|{row.case}" if series else row.metric for row in results)
-    columns = min(PANELS, len(keys))
+    columns = min(2 if len(keys) == 4 else PANELS, len(keys))
     lines = math.ceil(len(keys) / columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.9 * lines), squeeze=False)
+    height = 3.9 if series or len({row.case for row in results}) < 4 else 6  # names of many cases are written upwards
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, height * lines), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
         if series:
             _lines(axis, [row for row in results if f"{row.metric}|{row.case}" == key])
@@ -51,7 +53,7 @@ def draw(file: Path, where: Environment, found: Sequence[Row]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=7)
     title = f"{found[0].topic}: {where.gpu}, torch {where.torch}, commit {where.commit}, {where.date}"
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0.3 / (3.9 * lines), 1, 1))
+    figure.tight_layout(rect=(0, 0.3 / (height * lines), 1, 1))
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

@@ -65,6 +65,7 @@ class Lane:
 def run_stream(stream: Stream, ways: Sequence[Way], settings: Settings) -> list[Row]:
     """Rows for each way; one that can't run here, or fails, gets a row that says so."""
     device = settings.device
+    runners.warm_up_compiler(device)
     with torch.inference_mode(not stream.grad):
         references = _references(stream)
         lanes = [_first_passes(stream, way, references, device) for way in ways if runners.runs_on(way, device)]

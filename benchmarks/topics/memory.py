@@ -7,6 +7,7 @@ would double the time and says nothing of graphs.
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, replace
 
@@ -78,6 +79,7 @@ def measure(case: str, variant: Variant, way: Way, settings: Settings) -> list[R
         calls(served, inputs[size], way.calls_to_replay - 1)
         timing.wait(device)
         seconds.append(time.perf_counter() - began)
+        gc.freeze()  # what compiling has left is not searched for garbage after every size
         levels.append(taken(start, level(device)))
         if size in expected:
             error = max(error, runners.relative_error(served(*inputs[size]), expected[size]))
