@@ -125,7 +125,7 @@ def random_walk(steps: int, shape: Shape, device: torch.device, stride: int) -> 
     active, free = [], list(range(shape.slots))
     position = [0] * shape.slots
     batches = []
-    count = shape.slots // 2
+    count = shape.slots // 8
     for _ in range(steps):
         count = min(shape.slots, max(1, count + draw.randint(-stride, stride)))
         while len(active) < count:

@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import subprocess
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,12 @@ def _first_line(*command: str) -> str:
 
 def left_out(topic: str, case: str, way: str, why: str) -> Row:
     return Row(topic, case, way, LEFT_OUT, "", None, samples=0, note=why)
+
+
+def failure(error: Exception) -> str:
+    """The note of a row of what failed; the suite looks for its first word."""
+    traceback.print_exc()
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def as_data(row: Row) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -116,8 +115,7 @@ def _attempt(lane: Lane, action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:
-        traceback.print_exc()
-        lane.failure = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        lane.failure = rows.failure(error)
 
 
 def _pass(stream: Stream, lane: Lane, references: Sequence[Tensor | None], device: torch.device) -> list[float]:

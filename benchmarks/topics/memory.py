@@ -29,7 +29,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model and the sizes to capture; ``few`` are the sizes of a way that copies all weights at each capture."""
+    """A model and the sizes to capture; ``few``: those of ``cudagraphs``, whose weights are no static inputs."""
 
     shape: Shape
     sizes: tuple[int, ...]
@@ -41,11 +41,14 @@ VARIANTS = {
     "hidden states, 32 layers": Variant(LLAMA, runners.VLLM_SIZES[1:], (256, 128)),
     # The outputs are what matters here, and four layers compile in a fraction of the time.
     "logits, 4 layers": Variant(
-        replace(LLAMA, layers=4, slots=512, logits=True), runners.SIZES_TO_512[1:], runners.SIZES_TO_512[1:]
+        replace(LLAMA, layers=4, slots=512, logits=True), runners.SIZES_TO_512[1:], (512, 256, 128, 64, 32, 16, 8)
     ),
 }
 QUICK = Variant(Shape(32, 64, 2, layers=1, vocabulary=64, slots=8, context=8, logits=True), (2, 4, 8), (8,))
-JOBS = tuple(f"{variant}: {way}" for variant in VARIANTS for way in WAYS)
+# Stable: `cudagraphs` comes last, where time may be up, as it has only a few sizes anyway.
+JOBS = tuple(
+    sorted((f"{variant}: {way}" for variant in VARIANTS for way in WAYS), key=lambda job: job.endswith(": cudagraphs"))
+)
 
 
 def run(job: str, settings: Settings) -> list[Row]:
