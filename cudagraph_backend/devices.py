@@ -17,10 +17,23 @@ _DRIVER_OF = {"cpu": "host", "cuda": "cuda"}
 
 
 class Device:
+    """What regions on one device share. A call takes it: ``with device as is_within_another_call``."""
+
     def __init__(self, driver: Driver, pool: OutputPool | None = None):
         self.driver = driver
         self.lock = threading.RLock()
+        self._calls = 0
         self.pool = pool or OutputPool(driver.new_memory())
+
+    def __enter__(self) -> bool:
+        """One thread at a time; whether this is a call from within another one, made by an operator of that region."""
+        self.lock.acquire()
+        self._calls += 1
+        return self._calls > 1
+
+    def __exit__(self, *error: object) -> None:
+        self._calls -= 1
+        self.lock.release()
 
     def poison_free_bytes(self) -> None:
         """Overwrite every byte of the pool in which nothing is live with 0xFF (a NaN in every float format)."""

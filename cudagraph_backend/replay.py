@@ -25,6 +25,7 @@ from cudagraph_backend.tree import Route, Where
 log = logging.getLogger("cudagraph_backend")
 
 _SHARED_MEMORY = Refusal("an argument that is written in place shares memory with another argument")
+_CALLED_WITHIN = Refusal("called by an operator of another region, whose inputs it might overwrite")
 _CAPTURED_OUTSIDE = Refusal("called inside somebody else's capture")
 
 
@@ -82,14 +83,14 @@ class Replayer:
         table = self.table or self._new_table()
         if table.device.driver.is_capturing():
             return self._run_compiled(args, _CAPTURED_OUTSIDE)
-        with table.device.lock:
-            table.device.driver.join()
-            outputs = self._replay(table, args)
+        with table.device as is_within_another_call:
+            outputs = _CALLED_WITHIN if is_within_another_call else self._replay(table, args)
         return self._run_compiled(args, outputs) if isinstance(outputs, Refusal) else outputs
 
     # ---- the hot path
 
     def _replay(self, table: Table, args: list[Any]) -> list[Any] | Refusal:
+        table.device.driver.join()
         plan = table.plan(tuple([size.read(args) for size in self.region.sizes]))
         if isinstance(plan, Refusal):
             return plan

@@ -93,7 +93,7 @@ class Route:
 
     def blockers(self, pool: OutputPool) -> list[OutputRange]:
         """The ranges with live outputs that a call would overwrite."""
-        return [taken for span in self.writes for taken in pool.live_in(span)]
+        return list(dict.fromkeys(taken for span in self.writes for taken in pool.live_in(span)))
 
     def is_free(self, pool: OutputPool) -> bool:
         return not any(map(pool.live_in, self.writes))
@@ -172,11 +172,12 @@ class Tree:
         even if outputs of an earlier step must be moved out there; those of this step are left alone.
         """
         older: list[Route] = []
+        read = self._offsets_read(where, args)
         for route in self._fitting(plan, where, args):
             blockers = route.blockers(self._pool)
             if not blockers:
                 return route
-            if all(taken.step != current_step() and not _is_read(taken, where) for taken in blockers):
+            if all(t.step != current_step() and not any(t.offset <= at < t.end for at in read) for t in blockers):
                 older.append(route)
         try:
             for route in older:
@@ -187,6 +188,11 @@ class Tree:
             return self._route_to(self._new_place(plan, where, args), plan, where)
         except torch.OutOfMemoryError as error:
             return no_memory(error)
+
+    def _offsets_read(self, where: Where, args: Sequence[Any]) -> list[int]:
+        """Where in the pool, or outside of it, arguments are that must stay there: those that are not copied."""
+        static = [args[index].data_ptr() - self._pool.address for index in self._static]
+        return [*static, *(found for found in where if found is not None)]
 
     def _clear(self, blockers: Sequence[OutputRange], args: Sequence[Any]) -> bool:
         """Free ranges with outputs of earlier steps, in the way that the user chose, if that can be done."""
@@ -347,7 +353,3 @@ def bucket_inputs(region: Region, sizes: Sizes, buffers: Mapping[int, torch.Tens
     for index, buffer in buffers.items():
         inputs[index] = buffer
     return inputs
-
-
-def _is_read(taken: OutputRange, where: Where) -> bool:
-    return any(found is not None and taken.offset <= found < taken.end for found in where)

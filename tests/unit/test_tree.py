@@ -239,6 +239,17 @@ def test_outputs_of_earlier_steps_are_moved_out(pool: OutputPool, step: list[int
 
 
 @needs_move
+def test_an_output_over_all_that_a_call_writes_is_moved_out_once(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    call(torch.ones(1, 128))
+    kept = lend(pool, pool.find_room(2 * ROW, []), step[0], 2 * ROW).fill_(5)
+    step[0] += 1
+    call(torch.ones(1, 128)).fill_(6)
+    assert (kept == 5).all()
+    assert (call.captures, pool.moved_out) == (1, 1)
+
+
+@needs_move
 def test_an_argument_that_is_read_in_place_is_not_moved_out(pool: OutputPool, step: list[int]):
     """A longer output at the same address reaches into what the place writes: another place must be found."""
     call = Caller(pool, step)
