@@ -213,8 +213,13 @@ def is_backed(expression: sympy.Expr) -> bool:
 
 
 def current_step() -> tuple[int, int]:
-    """The step as PyTorch counts it: compiled invocations, and ``cudagraph_mark_step_begin`` calls (negative)."""
-    return GenerationTracker.generation, MarkStepBox.mark_step_counter
+    """The step as PyTorch's own trees count it.
+
+    Every outermost compiled call is a step; from the first ``torch.compiler.cudagraph_mark_step_begin()`` on, the process
+    says where steps begin (the second number, which falls). Read from ``cudagraph_trees.get_curr_generation``.
+    """
+    marked = MarkStepBox.mark_step_counter
+    return (0, marked) if marked else (GenerationTracker.generation, 0)
 
 
 def storage_users(cdata: int) -> int:
