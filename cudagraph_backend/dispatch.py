@@ -1,110 +1,54 @@
-"""Dispatch: sizes of a call -> plan -> bucket -> graph. All that one region holds on its device hangs off its table."""
+"""Dispatch: sizes of a call -> plan -> bucket. All that one region holds on its device hangs off its table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from cudagraph_backend import buckets
+from cudagraph_backend.allocations import Allocations
 from cudagraph_backend.devices import Device
-from cudagraph_backend.drivers import Graph
-from cudagraph_backend.errors import Refusal, is_out_of_memory
+from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill
 from cudagraph_backend.options import Options
-from cudagraph_backend.outputs import Layout, layout_at
+from cudagraph_backend.plan import Bucket, Plan, Sizes
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
-from cudagraph_backend.staging import StagedCopy, StagingBuffers, shape_at, staged_copy
-from cudagraph_backend.strides import overlaps_itself
-from cudagraph_backend.torch_internals import Compiled, addresses_equal
-from cudagraph_backend.tree import CapturedGraph, Ranges
+from cudagraph_backend.staging import Reading, shape_at
+from cudagraph_backend.strides import extent, overlaps_itself
+from cudagraph_backend.torch_internals import Compiled
+from cudagraph_backend.tree import TOO_MANY_GRAPHS, Tree
 
-Sizes = tuple[int, ...]
-
-_TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
-_STATIC_INPUTS_MOVE = Refusal("static inputs keep moving to new addresses")
-_NO_MEMORY = Refusal("no memory for the staging buffers")
 _PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
-_ADDRESSES_PER_BUCKET = 64  # a loop over layers calls one region with as many sets of parameters
-_UNUSED_CAPTURES = 8
-
-
-@dataclass(slots=True)
-class Bucket:
-    """One combination of capture sizes of a region, and its graphs: one per set of addresses.
-
-    ``args`` holds sizes and staging buffers by argument, ``None`` where the call's own (static) argument goes.
-    ``layout`` is observed at the first capture. ``unused`` counts captures since a graph was last replayed, and
-    ``last_addresses`` are the static addresses that were refused last.
-    """
-
-    sizes: Sizes
-    args: list[Any]
-    layout: Layout | None = None
-    graphs: list[CapturedGraph] = field(default_factory=list)
-    unused: int = 0
-    last_addresses: list[int] | None = None
-
-
-@dataclass(slots=True)
-class Plan:
-    """All that is decided for one combination of real sizes.
-
-    ``counts`` are the region's ``CountInput``s for them; ``to_probe`` are the padded dims that the probe must look at
-    before the plan may answer a call.
-    """
-
-    sizes: Sizes
-    bucket: Bucket
-    copies: tuple[StagedCopy, ...]
-    rows_real: int
-    rows_padded: int
-    counts: tuple[torch.Tensor, ...] = ()
-    to_probe: tuple[DynamicDim, ...] = ()
-    layout: Layout | None = None
+_PROVIDED_AT_ONCE = 1 << 28  # bytes of one input; beyond 256 MiB a bound is no reason to take memory in advance
 
 
 class Table:
-    """The plans, buckets, staging buffers and place of one region.
+    """The plans and buckets of one region, and its tree.
 
     ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed,
     and ``postponed`` why the probe couldn't tell at a call, once per such call.
     """
 
-    def __init__(self, region: Region, options: Options, device: Device, place: Hashable, compiled: Compiled):
+    def __init__(self, region: Region, options: Options, device: Device, compiled: Compiled):
         self.region = region
         self.device = device
-        self.place = device.place(place)
-        self.run = device.driver.prepare(compiled)
-        self.staging = StagingBuffers(region.device)
+        self.allocations = Allocations(device.driver.allocate)
+        self.run = self.allocations.bound_to(compiled, region.device.type)
         self.dims = region.dims
         self.probed: dict[str, set[int]] = {}
         self.postponed: dict[Sizes, list[str]] = {}
         self.buckets: dict[Sizes, Bucket] = {}
+        self.tree = Tree(region, device.pool, options)
         self._plans: dict[Sizes, Plan | Refusal] = {}
         self._options = options
-        self.static = [i.index for i in region.inputs if i.role == "static"]
-        self.staged = [i for i in region.inputs if i.role == "staged"]
 
     def plan(self, sizes: Sizes) -> Plan | Refusal:
         """The plan for a call's sizes, or why such calls run the compiled region."""
         plan = self._plans.get(sizes)
         if plan is None:
-            plan = self.plan_without((), sizes)
-            if plan is not _NO_MEMORY:  # not remembered, as memory may come back
-                self._plans[sizes] = plan
+            plan = self._plans[sizes] = self.plan_without((), sizes)
         return plan
-
-    def plan_without(self, dims: Collection[DynamicDim], sizes: Sizes) -> Plan | Refusal:
-        """A new plan for a call's sizes, with ``dims`` at their exact sizes."""
-        try:
-            return self._new_plan(sizes, without=dims)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return _NO_MEMORY
 
     def refuse(self, sizes: Sizes, refusal: Refusal) -> None:
         """From now on calls of these sizes run the compiled region."""
@@ -128,7 +72,7 @@ class Table:
             instead.to_probe = ()
         reasons = self.postponed.setdefault(plan.sizes, [])
         reasons.append(reason)
-        if len(reasons) == _PROBES_PER_SIZE and instead is not _NO_MEMORY:
+        if len(reasons) == _PROBES_PER_SIZE:
             self._plans[plan.sizes] = instead
         return instead
 
@@ -138,71 +82,35 @@ class Table:
         self._plans.clear()
         self.postponed.clear()
         self.buckets.clear()
+        self.tree = Tree(self.region, self.device.pool, self._options)
 
-    def graph(self, plan: Plan, args: list[Any], ranges: Ranges) -> Graph | Refusal | None:
-        """The graph to replay for a call; ``None`` if it must be captured first; or why it can't be."""
-        if plan.layout is None and plan.bucket.layout is not None:
-            plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
-        for captured in plan.bucket.graphs:
-            if captured.fits(ranges) and addresses_equal(args, captured.static_addresses, self.static):
-                plan.bucket.unused = 0
-                return captured.graph
-        if self._graph_count() >= self._options.max_graphs:
-            return _TOO_MANY_GRAPHS
-        return self._refused_move(plan.bucket, args)
-
-    def _refused_move(self, bucket: Bucket, args: list[Any]) -> Refusal | None:
-        """After several captures that no call made use of, addresses must be met twice in a row to be captured."""
-        if bucket.unused < _UNUSED_CAPTURES:
-            return None
-        addresses = [args[i].data_ptr() for i in self.static]
-        if addresses == bucket.last_addresses:
-            return None
-        bucket.last_addresses = addresses
-        return _STATIC_INPUTS_MOVE
-
-    def _graph_count(self) -> int:
-        return sum(len(bucket.graphs) for bucket in self.buckets.values())
-
-    def add(self, bucket: Bucket, captured: CapturedGraph) -> None:
-        """Keep a new graph; graphs whose output ranges have moved since are of no use any more."""
-        for other in self.buckets.values():
-            other.graphs = [graph for graph in other.graphs if self.place.has(graph)]
-        bucket.graphs = [*bucket.graphs[1 - _ADDRESSES_PER_BUCKET :], captured]
-        bucket.unused += 1
-
-    def largest(self, values: Values, *, exact_dims: bool = False) -> Values:
-        """The sizes to provide memory for: those of the largest bucket, as far as it is known.
-
-        With ``exact_dims``, dims that are not padded count as well: buffers that grow one exact size at a time would
-        be as many as there are sizes.
-        """
+    def largest(self, values: Values) -> Values:
+        """The sizes to provide memory for: those of the largest bucket, as far as it is known."""
         largest = dict(values)
-        for dim in self.dims if exact_dims else self._padded_dims():
-            sizes = self._options.capture_sizes if dim.refusal is None else "auto"
-            size = buckets.largest(sizes, dim.upper, max(values[s] for s in dim.symbols))
+        for dim in self._padded_dims():
+            size = buckets.largest(self._options.capture_sizes, dim.upper, max(values[s] for s in dim.symbols))
             largest.update(dict.fromkeys(dim.symbols, size))
         return largest
 
     def _padded_dims(self) -> list[DynamicDim]:
         return [dim for dim in self.dims if dim.refusal is None]
 
-    def _new_plan(self, sizes: Sizes, without: Collection[DynamicDim] = ()) -> Plan | Refusal:
-        chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in without])
+    def plan_without(self, dims: Collection[DynamicDim], sizes: Sizes) -> Plan | Refusal:
+        """A new plan for a call's sizes, with ``dims`` at their exact sizes."""
+        chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in dims])
         if isinstance(chosen, Refusal):
             return chosen
-        if any(t.mutated and overlaps_itself(*shape_at(t, self.region.values(sizes))) for t in self.staged):
-            return Refusal("an input that is written in place overlaps itself in memory")
-        bucket = self.buckets.get(chosen)
-        if bucket is None and self._graph_count() >= self._options.max_graphs:
-            return _TOO_MANY_GRAPHS
-        bucket = bucket or self._new_bucket(chosen)
         values, padded = self.region.values(sizes), self.region.values(chosen)
+        if any(t.mutated and overlaps_itself(*shape_at(t, values)) for t in self.region.staged):
+            return Refusal("an input that is written in place overlaps itself in memory")
+        if chosen not in self.buckets and self.tree.is_full():
+            return TOO_MANY_GRAPHS
+        bucket = self.buckets.setdefault(chosen, Bucket(chosen))
         rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
         return Plan(
             sizes,
             bucket,
-            copies=tuple(self._staged_copy(tensor, bucket, values) for tensor in self.staged),
+            readings=tuple(self._reading(tensor, values, padded) for tensor in self.region.staged),
             rows_real=sum(values[s] for s in rows),
             rows_padded=sum(padded[s] - values[s] for s in rows),
             counts=tuple(count.make(values, self.region.device) for count in self.region.counts),
@@ -259,29 +167,19 @@ class Table:
         return admits
 
     def _overlaps(self, dim: DynamicDim, values: Values) -> bool:
-        return any(overlaps_itself(*shape_at(t, values)) for t in self.staged if t.symbols & dim.symbols)
+        return any(overlaps_itself(*shape_at(t, values)) for t in self.region.staged if t.symbols & dim.symbols)
 
-    def _new_bucket(self, sizes: Sizes) -> Bucket:
-        values = self.region.values(sizes)
-        largest = self.largest(values, exact_dims=True)
-        indices = [i.index for i in self.region.inputs] + [s.index for s in self.region.sizes]
-        args: list[Any] = [None] * (1 + max(indices, default=-1))
-        for source, size in zip(self.region.sizes, sizes, strict=True):
-            if source.dim is None:
-                args[source.index] = size
-        for tensor in self.staged:
-            args[tensor.index] = self.staging.at(tensor, shape_at(tensor, values), shape_at(tensor, largest))
-        self.buckets[sizes] = Bucket(sizes, args)
-        return self.buckets[sizes]
-
-    def _staged_copy(self, tensor: TensorInput, bucket: Bucket, values: Values) -> StagedCopy:
-        size, stride = shape_at(tensor, values)
-        return staged_copy(
+    def _reading(self, tensor: TensorInput, values: Values, padded: Values) -> Reading:
+        size = shape_at(tensor, values)[0]
+        provided = extent(*shape_at(tensor, self.largest(padded))) * tensor.dtype.itemsize
+        return Reading(
             tensor.index,
-            buffer=bucket.args[tensor.index],
-            real=(size, stride),
-            row_entries=[self._row_entries(e, n, values) for e, n in zip(tensor.size, size, strict=True)],
+            tensor.dtype,
+            real=shape_at(tensor, values),
+            shape=shape_at(tensor, padded),
+            row_entries=tuple(self._row_entries(e, n, values) for e, n in zip(tensor.size, size, strict=True)),
             fill=self._fill(tensor),
+            provided=provided if provided <= _PROVIDED_AT_ONCE else 0,
         )
 
     def _row_entries(self, expression: Any, length: int, values: Values) -> int:

@@ -18,7 +18,6 @@ DriverName = Literal["auto", "cuda", "host", "off"]
 Verify = Literal["off", "capture"]
 
 _CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify}
-_NOT_YET = {("on_overwrite", "error")}
 _MAX_SIZE = 2**31 - 1
 
 
@@ -35,7 +34,8 @@ class Options:
         fill: what padded rows of inputs hold: copies of the last real row (``"replica"``), ``"zero"``, a number, or by
             input name one of these, ``{"labels": -100}``; inputs that are not named hold replicas. A name is the last
             identifier of the way to an input (``labels`` for ``batch["labels"]``) or all of it (``batch.labels``).
-        on_overwrite: an output still alive when its memory is needed is moved out (``"preserve"``).
+        on_overwrite: what happens to an output of an earlier step that is alive when its memory is needed: it is moved
+            out (``"preserve"``), or later accesses to it raise (``"error"``), as with PyTorch's own CUDA graph trees.
         driver: ``"cuda"`` captures CUDA graphs, ``"host"`` runs the same machinery on the CPU, ``"auto"`` takes the
             one that fits a region's device, ``"off"`` runs the compiled regions as they are.
         strict: raise ``RefusalError`` where a refusal would be counted.
@@ -60,7 +60,6 @@ def parse_options(given: Mapping[str, Any] | None) -> Options:
 
     Raises:
         OptionError: an unknown name, a wrong type or an impossible value.
-        NotImplementedError: a value that is planned and not there yet.
     """
     if given is None:
         return Options()
@@ -83,9 +82,6 @@ def _checked_choice(name: str, value: Any) -> str:
     accepted = get_args(_CHOICES[name])
     if not isinstance(value, str) or value not in accepted:
         raise _error(name, value, "one of " + ", ".join(map(repr, accepted)))
-    if (name, value) in _NOT_YET:
-        others = [v for v in accepted if (name, v) not in _NOT_YET]
-        raise NotImplementedError(f"option {name!r}: {value!r} is not there yet; use one of {others}")
     if name == "driver" and value == "cuda" and not torch.cuda.is_available():
         raise _error(name, value, "'cuda' only where torch.cuda.is_available(); use 'auto' or 'host' here")
     return value

@@ -1,27 +1,63 @@
-"""The output pool: one pooled uint8 tensor per device, in which every output of every bucket of every region lives."""
+"""The output pool: one pooled uint8 tensor per device. Outputs of graphs, and the inputs that they read, lie in it.
+
+A *range* is a place for one output, or for several that share a storage. Ranges may overlap: which of them hold live
+outputs is known at every call, and what is written is checked against that. Live ranges never overlap.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from weakref import WeakValueDictionary
 
 import torch
 
 from cudagraph_backend.drivers import Memory
-from cudagraph_backend.torch_internals import CAN_MOVE_STORAGE, outside_inference_mode, storage_users, swap_memory
+from cudagraph_backend.torch_internals import (
+    CAN_FORBID_ACCESS,
+    CAN_MOVE_STORAGE,
+    forbid_access,
+    outside_inference_mode,
+    storage_users,
+    swap_memory,
+)
 
 ALIGNMENT = 512  # bytes; what the caching allocator gives, and more than any vectorised load needs
+
+Step = tuple[int, int]
+Span = tuple[int, int]
+"""Bytes of the pool: the first, and one past the last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loan:
-    """What a range was last handed out for."""
+    """What a range is handed out for.
+
+    Attributes:
+        region: the region's name.
+        outputs: (output index, first byte, one past the last byte) per output, relative to the range.
+        sources: the source line of each of them, where it is known.
+        is_saved: whether a backward may need them (those of a forward region).
+    """
 
     region: str
     outputs: tuple[tuple[int, int, int], ...]
-    """(output index, first byte, one past the last byte) per output, relative to the range."""
-    step: tuple[int, int]
+    sources: tuple[str | None, ...] = ()
+    is_saved: bool = False
+
+    def overwritten(self) -> str:
+        """The error of an access to such an output after its memory was needed (``on_overwrite="error"``)."""
+        names = " and ".join(
+            f"output {index}" + (f" (made at {source})" if source else "")
+            for (index, _, _), source in zip(self.outputs, self.sources, strict=True)
+        )
+        return (
+            f"{names} of {self.region} is used after a later step has overwritten it. Clone it before the next step "
+            "(tensor.clone()), or keep such outputs with options={'on_overwrite': 'preserve'}."
+        )
 
 
 class RangeStorage:
@@ -48,64 +84,56 @@ class RangeStorage:
 
 
 class OutputRange:
-    """A byte range of the pool, given to one output of a region, or to several that share a storage.
+    """Bytes of the pool that outputs are written to.
 
     Each size of output has a storage of its own over the range's beginning, made once and lent at every call.
+    ``loan`` and ``step`` are those of the output lent last.
     """
 
-    __slots__ = ("_lent", "_memory", "_storages", "loan", "nbytes", "offset")
+    __slots__ = ("__weakref__", "_lent", "_storages", "loan", "nbytes", "offset", "step")
 
-    def __init__(self, memory: Memory, offset: int, nbytes: int):
-        self._memory = memory
-        self._storages: dict[int, RangeStorage] = {}
-        self._lent: RangeStorage | None = None
+    def __init__(self, offset: int, nbytes: int):
         self.offset = offset
         self.nbytes = nbytes
         self.loan: Loan | None = None
+        self.step: Step = (0, 0)
+        self._storages: dict[int, RangeStorage] = {}
+        self._lent: RangeStorage | None = None
 
-    def lend(self, nbytes: int, loan: Loan) -> torch.UntypedStorage:
-        """A storage over the first ``nbytes`` bytes, for a call's outputs. The range must be free."""
-        lent = self._storages.get(nbytes)
-        if lent is None:
-            lent = self._storages[nbytes] = RangeStorage(self.bytes(nbytes).untyped_storage())
-        self._lent, self.loan = lent, loan
-        return lent.lend()
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
 
-    def bytes(self, nbytes: int) -> torch.Tensor:
-        """The first ``nbytes`` bytes as a uint8 tensor, to write them."""
-        with outside_inference_mode():
-            return self._memory.bytes_at(self.offset, nbytes)
+    @property
+    def is_saved(self) -> bool:
+        return self.loan is not None and self.loan.is_saved
+
+    @property
+    def span(self) -> Span:
+        return self.offset, self.offset + self.nbytes
 
     def is_live(self) -> bool:
         """Whether an output, a view of one or an export of one still uses the range."""
         return self._lent is not None and self._lent.is_in_use()
 
-    def is_lent_to(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is (a view of) the live output on the range."""
-        return self._lent is not None and tensor.untyped_storage()._cdata == self._lent.storage._cdata
 
-    def move_out(self) -> None:
-        """Give the live output memory of its own, with its bytes; all tensors on it follow. The range is then free.
-
-        Memory exported through DLPack or NumPy does not follow: it stays on the range.
-        """
-        assert self._lent is not None
-        output = self._lent.storage
-        with outside_inference_mode():
-            moved = output.clone()
-        swap_memory(output, moved)
-        self._storages[moved.nbytes()] = RangeStorage(moved)
-        self._lent = self.loan = None
+_offset, _end = attrgetter("offset"), attrgetter("end")
 
 
 class OutputPool:
-    """Hands out ranges of one growing memory, first fit. A range that is freed while live is reused when it is dead."""
+    """Hands out ranges of one growing memory: the first bytes that are free, where other ranges may lie too."""
 
     def __init__(self, memory: Memory):
         self._memory = memory
-        self._ranges: list[OutputRange] = []  # by offset
-        self._retired: list[OutputRange] = []
+        self._ranges: WeakValueDictionary[Span, OutputRange] = WeakValueDictionary()
+        self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
+        self._lent: list[OutputRange] = []  # those that may be live, by offset; no two of them overlap
         self.moved_out = 0
+
+    @property
+    def address(self) -> int:
+        """Of the first byte; it never changes."""
+        return self._memory.address
 
     @property
     def nbytes(self) -> int:
@@ -117,61 +145,130 @@ class OutputPool:
         """The pooled output tensor: uint8, ``nbytes`` long. Outputs are views of its memory."""
         return self._memory.bytes_at(0, self._memory.nbytes)
 
-    def allocate(self, nbytes: int) -> OutputRange:
-        """A range of at least ``nbytes`` bytes. Raises ``torch.OutOfMemoryError`` if the device is full."""
-        self._drop_dead()
+    def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
+        """``nbytes`` bytes as a uint8 tensor with a storage of its own, to write them."""
+        with outside_inference_mode():
+            return self._memory.bytes_at(offset, nbytes)
+
+    def find_room(self, nbytes: int, taken: Sequence[Span], preferred: Iterable[Span] = ()) -> OutputRange:
+        """A range of at least ``nbytes`` bytes in which nothing is live, or ``taken``: a preferred one, or the first.
+
+        Raises ``torch.OutOfMemoryError`` if the device is full.
+        """
         size = _aligned(nbytes)
+        busy = sorted([*taken, *(r.span for r in self.live_ranges())])
+        for first, end in preferred:
+            if end - first == size and not any(a < end and first < b for a, b in busy):
+                return self._range(first, size)
         offset = 0
-        for taken in self._ranges:
-            if taken.offset - offset >= size:
+        for first, end in busy:
+            if first - offset >= size:
                 break
-            offset = taken.offset + taken.nbytes
+            offset = max(offset, _aligned(end))
         self._memory.grow(offset + size)
-        new = OutputRange(self._memory, offset, size)
-        self._ranges.append(new)
-        self._ranges.sort(key=lambda r: r.offset)
-        return new
+        return self._range(offset, size)
 
-    def extend(self, taken: OutputRange, nbytes: int) -> bool:
-        """Make a range longer where it stands, if nothing follows too closely."""
-        self._drop_dead()
-        size = _aligned(nbytes)
-        position = self._ranges.index(taken)
-        if position + 1 < len(self._ranges) and self._ranges[position + 1].offset < taken.offset + size:
-            return False
-        self._memory.grow(taken.offset + size)
-        taken.nbytes = size
-        return True
+    def _range(self, offset: int, nbytes: int) -> OutputRange:
+        """Ranges are the same where their bytes are."""
+        found = self._ranges.get((offset, nbytes))
+        if found is None:
+            found = self._ranges[offset, nbytes] = OutputRange(offset, nbytes)
+        return found
 
-    def free(self, ranges: Sequence[OutputRange]) -> None:
-        """May be called at any time, from a finaliser too."""
-        self._retired.extend(ranges)
+    # ---- which bytes are alive
 
-    def dead_ranges(self) -> list[OutputRange]:
-        return [r for r in self._ranges if not r.is_live()]
+    def live_in(self, span: Span) -> list[OutputRange]:
+        """The ranges with a live output that share a byte with ``span``."""
+        live: list[OutputRange] = []
+        first, end = span
+        position = bisect_left(self._lent, end, key=_offset)
+        while position and self._lent[position - 1].end > first:
+            position -= 1
+            if self._lent[position].is_live():
+                live.append(self._lent[position])
+            else:
+                del self._lent[position]
+        return live
+
+    def live_ranges(self) -> list[OutputRange]:
+        self._lent = [taken for taken in self._lent if taken.is_live()]
+        return list(self._lent)
+
+    def free_spans(self) -> list[Span]:
+        """All bytes of the pool in which nothing is live."""
+        bounds = [0, *(bound for taken in self.live_ranges() for bound in taken.span), self.nbytes]
+        return [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
+
+    # ---- outputs
+
+    def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> torch.UntypedStorage:
+        """A storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
+        lent = taken._storages.get(nbytes)
+        if lent is None:
+            lent = taken._storages[nbytes] = RangeStorage(self.bytes(taken.offset, nbytes).untyped_storage())
+            self._by_storage[lent.storage._cdata] = taken
+        if not self._is_listed(taken):
+            assert not self.live_in(taken.span)
+            self._lent.insert(bisect_left(self._lent, taken.offset, key=_offset), taken)
+        taken._lent, taken.loan, taken.step = lent, loan, step
+        return lent.lend()
+
+    def _is_listed(self, taken: OutputRange) -> bool:
+        position = bisect_left(self._lent, taken.offset, key=_offset)
+        return position < len(self._lent) and self._lent[position] is taken
+
+    def holder(self, storage: torch.UntypedStorage) -> OutputRange | None:
+        """The range whose live outputs are on this storage."""
+        taken = self._by_storage.get(storage._cdata)
+        return taken if taken is not None and taken._lent is taken._storages.get(storage.nbytes()) else None
+
+    def move_out(self, taken: OutputRange) -> torch.UntypedStorage:
+        """Give a live output memory of its own, with its bytes; all tensors on it follow. The range is then free.
+
+        Memory exported through DLPack or NumPy does not follow: it stays on the range. Returns the output's storage.
+        """
+        output = self._take_back(taken)
+        with outside_inference_mode():
+            moved = output.clone()
+        swap_memory(output, moved)
+        # The storage that was made for the copy has the range's memory now.
+        taken._storages[moved.nbytes()] = RangeStorage(moved)
+        self._by_storage[moved._cdata] = taken
+        self.moved_out += 1
+        return output
+
+    def invalidate(self, taken: OutputRange) -> None:
+        """Let every later access to a live output raise. The range is then free.
+
+        On CPU builds of torch, which can't see all accesses, the output is moved out, too.
+        """
+        assert taken.loan is not None
+        message = taken.loan.overwritten()
+        forbid_access(self._take_back(taken) if CAN_FORBID_ACCESS else self.move_out(taken), message)
 
     def move_all_out(self) -> None:
         """Give every live output memory of its own, where this torch can, so that the pool's memory can go."""
-        for taken in self._ranges if can_move_out() else ():
-            if taken.is_live():
-                taken.move_out()
+        for taken in self.live_ranges() if can_move_out() else ():
+            self.move_out(taken)
 
-    def find(self, address: int) -> OutputRange | None:
-        """The range that holds an address."""
-        start = self._memory.address
-        return next((r for r in self._ranges if r.offset <= address - start < r.offset + r.nbytes), None)
-
-    def _drop_dead(self) -> None:
-        retired, self._retired = self._retired, []
-        live = [r for r in retired if r.is_live()]
-        self._retired.extend(live)
-        if len(live) < len(retired):
-            self._ranges = [r for r in self._ranges if r not in retired or r in live]
+    def _take_back(self, taken: OutputRange) -> torch.UntypedStorage:
+        """The storage of a live output, which the pool forgets."""
+        assert taken._lent is not None
+        storage = taken._lent.storage
+        del taken._storages[storage.nbytes()], self._by_storage[storage._cdata]
+        taken._lent = taken.loan = None
+        self._lent.remove(taken)
+        return storage
 
 
 def can_move_out() -> bool:
     """Whether this torch can move a live output (2.12 and later)."""
     return CAN_MOVE_STORAGE
+
+
+def can_invalidate() -> bool:
+    """Whether this torch can make later accesses to an output raise (CUDA builds, and CPU builds from 2.12 on)."""
+    return CAN_FORBID_ACCESS or CAN_MOVE_STORAGE
 
 
 def _aligned(nbytes: int) -> int:

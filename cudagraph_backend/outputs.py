@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.output_pool import Loan, OutputRange
+from cudagraph_backend.output_pool import Loan, OutputPool, OutputRange, Step
 from cudagraph_backend.region import Region, TensorOutput, Values, evaluate, evaluate_all
 from cudagraph_backend.strides import extent, reaching_once, same_places
 
@@ -110,12 +110,11 @@ Entry = Pooled | Compacted | Returned | Same | Number
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Outputs at certain sizes, and the bytes needed of each range."""
+    """Outputs at certain sizes, the bytes needed of each range, and what it is lent for (``None``: not lent)."""
 
     entries: tuple[Entry, ...]
     range_nbytes: tuple[int, ...]
-    extents: tuple[tuple[tuple[int, int, int], ...], ...]
-    """Per range: (output index, first byte, one past the last byte) of the outputs that lie there."""
+    loans: tuple[Loan | None, ...]
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +147,7 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
             storage = output.untyped_storage()._cdata
             entries.append(Pooled(ranges.setdefault(storage, len(ranges)), _view_of(output)))
         seen.setdefault(id(output), index)
-    return _layout(entries)
+    return _layout(region, entries)
 
 
 def _view_of_static(output: torch.Tensor, static: Sequence[tuple[int, torch.Tensor]]) -> Returned | None:
@@ -177,7 +176,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
             entries.append(Number(evaluate(known, values)))
         else:
             entries.append(entry)
-    return _layout(entries)
+    return _layout(region, entries)
 
 
 def _real_rows(
@@ -198,7 +197,7 @@ def range_nbytes_at(region: Region, bucket: Layout, values: Values) -> tuple[int
             stride = entry.view.stride if known.stride is None else evaluate_all(known.stride, values)
             entry = replace(entry, view=replace(entry.view, size=evaluate_all(known.size, values), stride=stride))
         entries.append(entry)
-    return _layout(entries).range_nbytes
+    return _layout(region, entries).range_nbytes
 
 
 def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
@@ -213,26 +212,31 @@ def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | 
     return None
 
 
-def copy_out(layout: Layout, outputs: Sequence[Any], ranges: Sequence[OutputRange]) -> None:
-    """Copy the results of a run into the pool (captured as part of the graph)."""
+def copy_out(layout: Layout, outputs: Sequence[Any], storages: Sequence[torch.UntypedStorage]) -> int:
+    """Copy the results of a run that are not there yet to the pool (captured as part of the graph); how many they are.
+
+    ``storages`` are those of the layout's ranges.
+    """
     targets, results = [], []
-    storages = [r.bytes(n).untyped_storage() for r, n in zip(ranges, layout.range_nbytes, strict=False)]
     for entry, output in zip(layout.entries, outputs, strict=True):
         if isinstance(entry, Pooled) and output.numel():
             size, stride = reaching_once(entry.view.size, entry.view.stride)
-            targets.append(replace(entry.view, size=size, stride=stride).on(storages[entry.range]))
-            results.append(output.as_strided(size, stride))
+            target = replace(entry.view, size=size, stride=stride).on(storages[entry.range])
+            if target.data_ptr() != output.data_ptr():
+                targets.append(target)
+                results.append(output.as_strided(size, stride))
     if targets:
         torch._foreach_copy_(targets, results)
+    return len(targets)
 
 
 def make_outputs(
-    layout: Layout, ranges: Sequence[OutputRange], args: Sequence[Any], region: str, step: tuple[int, int]
+    layout: Layout, pool: OutputPool, ranges: Sequence[OutputRange], args: Sequence[Any], step: Step
 ) -> list[Any]:
     """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
     storages = [
-        r.lend(nbytes, Loan(region, extents, step)) if extents else r.bytes(nbytes).untyped_storage()
-        for r, nbytes, extents in zip(ranges, layout.range_nbytes, layout.extents, strict=False)
+        pool.lend(taken, nbytes, loan, step) if loan else pool.bytes(taken.offset, nbytes).untyped_storage()
+        for taken, nbytes, loan in zip(ranges, layout.range_nbytes, layout.loans, strict=False)
     ]
     outputs: list[Any] = []
     for entry in layout.entries:
@@ -256,7 +260,7 @@ def detached(result: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return result.clone()
 
 
-def _layout(entries: Sequence[Entry]) -> Layout:
+def _layout(region: Region, entries: Sequence[Entry]) -> Layout:
     count = 1 + max((e.range for e in entries if isinstance(e, (Pooled, Compacted))), default=-1)
     nbytes = [0] * count
     extents: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
@@ -266,4 +270,10 @@ def _layout(entries: Sequence[Entry]) -> Layout:
             nbytes[entry.range] = max(nbytes[entry.range], end)
         if isinstance(entry, Pooled):
             extents[entry.range].append((index, entry.view.offset * entry.view.dtype.itemsize, end))
-    return Layout(tuple(entries), tuple(nbytes), tuple(map(tuple, extents)))
+    return Layout(tuple(entries), tuple(nbytes), tuple(_loan(region, found) if found else None for found in extents))
+
+
+def _loan(region: Region, extents: Sequence[tuple[int, int, int]]) -> Loan:
+    known = [region.outputs[index] for index, _, _ in extents]
+    sources = tuple(output.source if isinstance(output, TensorOutput) else None for output in known)
+    return Loan(region.name, tuple(extents), sources, is_saved=region.kind == "forward")

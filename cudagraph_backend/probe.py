@@ -16,21 +16,23 @@ computing its results can't be undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from cudagraph_backend.capture import bucket_inputs
+from cudagraph_backend.capture import with_static
 from cudagraph_backend.comparison import is_close, is_equal
-from cudagraph_backend.dispatch import Plan, Table
+from cudagraph_backend.dispatch import Table
 from cudagraph_backend.errors import Refusal, is_out_of_memory
 from cudagraph_backend.outputs import detached
+from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region, TensorOutput, evaluate_all
-from cudagraph_backend.staging import shape_at, stage
+from cudagraph_backend.staging import Reading, shape_at, stage
 from cudagraph_backend.strides import extent, reaching_once
+from cudagraph_backend.tree import bucket_inputs
 
 Fill = Callable[[torch.Tensor, torch.Tensor, int, int], None]
 """Overwrites padded rows. Given are they, the real rows, the axis of both, and the entries along it that make a row."""
@@ -118,9 +120,16 @@ def _refusal(region: Region, plan: Plan, index: int | None, reason: str) -> Refu
 
 def _run_padded(table: Table, plan: Plan, args: Sequence[Any], fill: Fill) -> list[Any]:
     """One run in the plan's bucket, whose padded rows ``fill`` overwrites (those of dims that are to be probed)."""
-    stage(plan.copies, args)
-    _overwrite(table, plan, fill)
-    return _run(table, plan, _with_copies(table.region, bucket_inputs(plan, args), args))
+    buffers = {reading.index: _new_buffer(reading, table.region.device) for reading in plan.readings}
+    stage([reading.copy_to(buffers[reading.index]) for reading in plan.readings], (), args)
+    _overwrite(table, plan, buffers, fill)
+    inputs = with_static(bucket_inputs(table.region, plan.bucket.sizes, buffers), args)
+    return _run(table, plan, _with_copies(table.region, inputs, args))
+
+
+def _new_buffer(reading: Reading, device: torch.device) -> torch.Tensor:
+    memory = torch.zeros(max(extent(*reading.shape), 1), dtype=reading.dtype, device=device)
+    return memory.as_strided(*reading.shape)
 
 
 def _with_copies(region: Region, inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -165,13 +174,13 @@ def _fills(table: Table, plan: Plan) -> list[Fill]:
     return [_fill_nan, partial(_fill_extremes, torch.Generator(table.region.device).manual_seed(_SEED))]
 
 
-def _overwrite(table: Table, plan: Plan, fill: Fill) -> None:
+def _overwrite(table: Table, plan: Plan, buffers: Mapping[int, torch.Tensor], fill: Fill) -> None:
     values = table.region.values(plan.sizes)
     symbols = {s for dim in plan.to_probe if not dim.needs_fill for s in dim.symbols}
-    for tensor in table.staged:
+    for tensor in table.region.staged:
         if not tensor.symbols & symbols:
             continue
-        buffer, (size, _) = plan.bucket.args[tensor.index], shape_at(tensor, values)
+        buffer, (size, _) = buffers[tensor.index], shape_at(tensor, values)
         once = buffer.as_strided(*reaching_once(buffer.shape, buffer.stride()))  # expanded dims repeat by themselves
         for axis, expression in enumerate(tensor.size):
             symbol = next(iter(expression.free_symbols & symbols), None)

@@ -143,6 +143,15 @@ class Region:
     def name(self) -> str:
         return f"region {self.number} ({self.kind})"
 
+    @property
+    def static(self) -> list[int]:
+        """Indices of the static inputs."""
+        return [i.index for i in self.inputs if i.role == "static"]
+
+    @property
+    def staged(self) -> list[TensorInput]:
+        return [i for i in self.inputs if i.role == "staged"]
+
     def values(self, sizes: Sequence[int]) -> dict[sympy.Symbol, int]:
         """Symbol values for the sizes of a call (in the order of ``self.sizes``)."""
         return {s.size: n for s, n in zip(self.sizes, sizes, strict=True) if isinstance(s.size, sympy.Symbol)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +12,18 @@ import torch
 
 from cudagraph_backend import capture, probe
 from cudagraph_backend.devices import Device
-from cudagraph_backend.dispatch import Plan, Table
+from cudagraph_backend.dispatch import Table
 from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
 from cudagraph_backend.options import Options
-from cudagraph_backend.outputs import Layout, make_outputs
+from cudagraph_backend.outputs import Layout, layout_at, make_outputs
+from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import shares_memory, stage, write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
-from cudagraph_backend.tree import Ranges
+from cudagraph_backend.tree import Route, Where
 
 log = logging.getLogger("cudagraph_backend")
 
-_LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
 _SHARED_MEMORY = Refusal("an argument that is written in place shares memory with another argument")
 _CAPTURED_OUTSIDE = Refusal("called inside somebody else's capture")
 
@@ -36,7 +36,17 @@ class Counters:
     replays: int = 0
     rows_real: int = 0
     rows_padded: int = 0
+    staged_copies: int = 0
+    read_in_place: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def count(self, plan: Plan, route: Route) -> None:
+        """A call that was answered from a graph, or from the run before its capture."""
+        self.replays += 1
+        self.rows_real += plan.rows_real
+        self.rows_padded += plan.rows_padded
+        self.staged_copies += len(route.copies)
+        self.read_in_place += len(route.in_place)
 
 
 class Replayer:
@@ -47,23 +57,20 @@ class Replayer:
         region: Region,
         compiled: Compiled,
         options: Options,
-        place: Hashable,
         register: Callable[[Replayer], None],
         device: Callable[[torch.device], Device],
     ):
         self.region = region
         self._compiled = compiled
         self.options = options
-        self._place = place
         self._register = register
         self._find_device = device
         self._writes = any(i.mutated for i in region.inputs)
-        self._mutated = frozenset(i.index for i in region.inputs if i.role == "staged" and i.mutated)
         self.reset()
         self._make_known()
 
     def reset(self) -> None:
-        """Forget graphs, buffers and place; the next call starts anew."""
+        """Forget graphs and places; the next call starts anew."""
         self.table: Table | None = None
         self._refusal = self.region.refusal
         self.counters = Counters()
@@ -76,6 +83,7 @@ class Replayer:
         if table.device.driver.is_capturing():
             return self._run_compiled(args, _CAPTURED_OUTSIDE)
         with table.device.lock:
+            table.device.driver.join()
             outputs = self._replay(table, args)
         return self._run_compiled(args, outputs) if isinstance(outputs, Refusal) else outputs
 
@@ -92,31 +100,24 @@ class Replayer:
             plan = self._probed(table, plan, args)
             if isinstance(plan, Refusal):
                 return plan
-        ranges = table.place.free_ranges(len(plan.layout.range_nbytes) if plan.layout else None)
-        if ranges is None:
-            return _LIVE_OUTPUTS
-        graph = table.graph(plan, args, ranges)
-        if isinstance(graph, Refusal):
-            return graph
-        stage(plan.copies, args)
+        where = table.tree.where(plan, args)
+        route = table.tree.route(plan, where, args)
+        if route is None or plan.layout is None:
+            return self._first_call(table, plan, where, args)
+        self._stage(table, route, args)
+        route.place.graphs[plan.bucket.sizes].replay()
+        return self._finish(table, plan, plan.layout, route, args)
+
+    def _stage(self, table: Table, route: Route, args: list[Any]) -> None:
         if table.device.driver.poison:
-            table.device.poison_dead_ranges()
-        if graph is None or plan.layout is None:
-            return self._capture(table, plan, args, ranges)
-        graph.replay()
-        self._count_replay(plan)
-        return self._finish(plan, plan.layout, args, ranges)
+            table.device.poison_free_bytes()
+        stage(route.copies, route.in_place, args)
 
-    def _count_replay(self, plan: Plan) -> None:
-        self.counters.replays += 1
-        self.counters.rows_real += plan.rows_real
-        self.counters.rows_padded += plan.rows_padded
-
-    def _finish(self, plan: Plan, layout: Layout, args: list[Any], ranges: Ranges) -> list[Any]:
-        if self._mutated:
-            write_back(plan.copies, args, self._mutated)
-        outputs = make_outputs(layout, ranges, args, self.region.name, current_step())
+    def _finish(self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any]) -> list[Any]:
+        write_back(route.written, args)
+        outputs = make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
         args.clear()
+        self.counters.count(plan, route)
         return outputs
 
     # ---- the first call of a bucket
@@ -155,28 +156,46 @@ class Replayer:
         if self.options.strict:
             self._refusal = refusal
 
-    def _capture(self, table: Table, plan: Plan, args: list[Any], ranges: Ranges) -> list[Any] | Refusal:
-        inputs = capture.bucket_inputs(plan, args)
+    def _first_call(self, table: Table, plan: Plan, where: Where, args: list[Any]) -> list[Any] | Refusal:
+        """Answer a call whose route is new, or not free yet."""
+        route = table.tree.new_route(plan, where, args)
+        if isinstance(route, Refusal):
+            return route
+        if plan.layout is None and plan.bucket.layout is not None:
+            plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
+        graph = route.place.graphs.get(plan.bucket.sizes)
+        if graph is None:
+            refusal = table.tree.refused_capture(plan, where, route.place)
+            return refusal if refusal is not None else self._capture(table, plan, where, route, args)
+        assert plan.layout is not None
+        self._stage(table, route, args)
+        graph.replay()
+        return self._finish(table, plan, plan.layout, route, args)
+
+    def _capture(self, table: Table, plan: Plan, where: Where, route: Route, args: list[Any]) -> list[Any] | Refusal:
+        self._stage(table, route, args)
+        inputs = capture.with_static(route.inputs, args)
         results = capture.run_once(table, inputs)
         if isinstance(results, Refusal):
             table.refuse(plan.sizes, results)
             return results
-        layout = capture.provide_ranges(table, plan, results, inputs, ranges)
-        if isinstance(layout, Refusal):
-            table.refuse(plan.sizes, layout)
-            write_back(plan.copies, args, self._mutated)
-            self._count(layout)
+        provided = capture.provide(table, plan, results, inputs, route)
+        if isinstance(provided, Refusal):
+            table.refuse(plan.sizes, provided)
+            write_back(route.written, args)
+            self._count(provided)
             return capture.detached_outputs(table, plan, args, inputs, results)
-        del results  # scratch of the memory pool: capture may use it
+        assert plan.layout is not None
+        route, failed = provided, None
         try:
-            capture.record(table, plan.bucket, layout, inputs, ranges)
+            graph = capture.record(table, plan.bucket, list(results), inputs, route.place)
+            table.tree.add(plan, where, route, graph)
             self.counters.captures += 1
-            self._count_replay(plan)
-            return self._finish(plan, plan.layout or layout, args, ranges)
         except CaptureError as error:
-            self._refusal = Refusal(f"capture failed: {error}")
-        outputs = self._finish(plan, plan.layout or layout, args, ranges)
-        self._count(self._refusal)  # last, as it may raise: what the run has changed is written back by now
+            failed = self._refusal = Refusal(f"capture failed: {error}")
+        outputs = self._finish(table, plan, plan.layout, route, args)
+        if failed is not None:
+            self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs
 
     # ---- the way around
@@ -199,11 +218,13 @@ class Replayer:
         self.counters.fallbacks[refusal.reason] += 1
 
     def _new_table(self) -> Table:
-        """At the first call, and after a reset: find the device's driver and pool, and this region's place."""
+        """At the first call, and after a reset: find the device's driver and pool."""
         self._make_known()
         device = self._find_device(self.region.device)
-        self.table = Table(self.region, self.options, device, self._place, self._compiled)
-        return self.table
+        with device.lock:
+            if self.table is None:
+                self.table = Table(self.region, self.options, device, self._compiled)
+            return self.table
 
     def _make_known(self) -> None:
         """After a reset only regions that are called again are reported."""

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from cudagraph_backend.backend import Backend
-from cudagraph_backend.dispatch import Bucket, Sizes
 from cudagraph_backend.fill import key_of
+from cudagraph_backend.plan import Bucket, Sizes
 from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.strides import extent
+from cudagraph_backend.tree import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,14 @@ class Stats:
         replays: calls that a graph answered, those that captured it included.
         fallbacks: calls that ran the compiled region, by reason.
         rows_real, rows_padded: rows of padded dims, over all replays.
-        output_pool_bytes: memory that the output pools hold.
+        output_pool_bytes: memory that the output pools hold, for outputs and for inputs that are copied to be read.
         sum_of_buckets_bytes: what separate outputs for every captured bucket would hold.
-        staging_bytes: staging buffers.
+        staging_bytes: the part of the output pools to which inputs are copied; between calls it serves other places.
         memory_pool_bytes: scratch, shared by all captures (CUDA).
         outputs_moved_out: live outputs that were given memory of their own, because a call needed their range.
+        staged_copies: arguments that were copied to where a graph reads them.
+        read_in_place: arguments, outputs of earlier calls, that a graph read where they were.
+        output_copies: outputs, over all graphs, that are copied to the pool in the graph and not written there at once.
     """
 
     regions: int
@@ -48,6 +52,9 @@ class Stats:
     staging_bytes: int
     memory_pool_bytes: int
     outputs_moved_out: int
+    staged_copies: int
+    read_in_place: int
+    output_copies: int
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -68,9 +75,12 @@ def stats_of(backend: Backend) -> Stats:
         rows_padded=sum(r.counters.rows_padded for r in replayers),
         output_pool_bytes=sum(d.pool.nbytes for d in backend.devices().values()),
         sum_of_buckets_bytes=sum(sum(_output_bytes(r)) for r in replayers),
-        staging_bytes=sum(_staging_bytes(r) for r in replayers),
+        staging_bytes=sum(_staging_bytes([r for r in replayers if r.region.device == d]) for d in backend.devices()),
         memory_pool_bytes=sum(d.driver.scratch_nbytes() for d in backend.devices().values()),
         outputs_moved_out=sum(d.pool.moved_out for d in backend.devices().values()),
+        staged_copies=sum(r.counters.staged_copies for r in replayers),
+        read_in_place=sum(r.counters.read_in_place for r in replayers),
+        output_copies=sum(_output_copies(r) for r in replayers),
     )
 
 
@@ -98,7 +108,7 @@ def _explain(replayer: Replayer) -> list[str]:
     lines += [f"  dim {_explain_dim(dim, sorted(probed.get(dim.name, ())))}" for dim in dims]
     postponed = Counter(reason for reasons in table.postponed.values() for reason in reasons) if table else {}
     lines += [f"  the probe could not tell at {count} calls: {reason}" for reason, count in postponed.items()]
-    if captured := sorted(bucket.sizes for bucket in _buckets(replayer) if bucket.graphs):
+    if captured := sorted({sizes for place in _places(replayer) for sizes in place.graphs}):
         lines.append(f"  buckets: {_bucket_sizes(replayer, captured)}")
     lines += [f"  ran uncaptured {count} times: {reason}" for reason, count in replayer.counters.fallbacks.items()]
     counters, sizes = replayer.counters, _output_bytes(replayer)
@@ -106,9 +116,10 @@ def _explain(replayer: Replayer) -> list[str]:
         f"  {_graph_count(replayer)} graphs, {counters.captures} captures, {counters.replays} replays, "
         f"rows {counters.rows_real} real + {counters.rows_padded} padded"
     )
+    lines.append(f"  inputs: {counters.staged_copies} copied, {counters.read_in_place} read in place")
     lines.append(
         f"  outputs: {max(sizes, default=0)} bytes pooled, {sum(sizes)} as separate buckets; "
-        f"staging: {_staging_bytes(replayer)} bytes"
+        f"{_output_copies(replayer)} copied in graphs"
     )
     return lines
 
@@ -157,8 +168,17 @@ def _buckets(replayer: Replayer) -> Collection[Bucket]:
     return replayer.table.buckets.values() if replayer.table is not None else ()
 
 
+def _places(replayer: Replayer) -> Collection[Place]:
+    return replayer.table.tree.places if replayer.table is not None else ()
+
+
 def _graph_count(replayer: Replayer) -> int:
-    return sum(len(bucket.graphs) for bucket in _buckets(replayer))
+    return sum(len(place.graphs) for place in _places(replayer))
+
+
+def _output_copies(replayer: Replayer) -> int:
+    buckets = {bucket.sizes: bucket for bucket in _buckets(replayer)}
+    return sum(buckets[sizes].copied for place in _places(replayer) for sizes in place.graphs)
 
 
 def _output_bytes(replayer: Replayer) -> list[int]:
@@ -166,15 +186,13 @@ def _output_bytes(replayer: Replayer) -> list[int]:
     return [bucket.layout.nbytes for bucket in _buckets(replayer) if bucket.layout is not None]
 
 
-def _staging_bytes(replayer: Replayer) -> int:
-    """Of all buffers that graphs read, outgrown ones too."""
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for bucket in _buckets(replayer)
-        for value in bucket.args
-        if isinstance(value, torch.Tensor)
-    }
-    return sum(storages.values())
+def _staging_bytes(replayers: Sequence[Replayer]) -> int:
+    """Of the pool's bytes, those to which inputs of these regions are copied."""
+    end = total = 0
+    for first, last in sorted(span for r in replayers for place in _places(r) for span in place.inputs):
+        total += max(last - max(first, end), 0)
+        end = max(end, last)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +220,8 @@ def alias_info_of(backend: Backend, tensor: torch.Tensor) -> AliasInfo | None:
     device = backend.devices().get(tensor.device)
     if device is None or tensor.layout != torch.strided:
         return None
-    taken = device.pool.find(tensor.data_ptr())
-    if taken is None or taken.loan is None or not taken.is_lent_to(tensor):
+    taken = device.pool.holder(tensor.untyped_storage())
+    if taken is None or taken.loan is None:
         return None
     start = tensor.data_ptr() - device.pool.tensor.data_ptr()
     inside = start - taken.offset
@@ -211,4 +229,4 @@ def alias_info_of(backend: Backend, tensor: torch.Tensor) -> AliasInfo | None:
     if output is None:
         return None
     end = start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
-    return AliasInfo(taken.loan.region, output, start, end, taken.loan.step)
+    return AliasInfo(taken.loan.region, output, start, end, taken.step)

@@ -1,30 +1,107 @@
-"""Staging: backend-owned input buffers that graphs read, filled with a call's real rows and padded rows.
+"""Staging: a call's arguments get to where a graph reads them, and padded rows are filled.
 
-All buckets of a region share one buffer per staged input; a bucket is a view of its beginning.
+A graph reads its inputs from the output pool. An argument that is an output of ours is read where it lies, if it can
+be; any other one is copied to free bytes of the pool, which are free again after the replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from cudagraph_backend.fill import Fill
+from cudagraph_backend.output_pool import OutputPool, OutputRange
 from cudagraph_backend.region import TensorInput, Values, evaluate_all
-from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once
+from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once, same_places
 from cudagraph_backend.torch_internals import outside_inference_mode
 
-_PROVIDED_AT_ONCE = 1 << 28  # bytes of one buffer; beyond 256 MiB a bound is no reason to take memory in advance
+_ALIGNMENT = 16  # bytes; Inductor's kernels rely on it for inputs that were aligned when it compiled
 
 
 def shape_at(tensor: TensorInput, values: Values) -> Shape:
     return evaluate_all(tensor.size, values), evaluate_all(tensor.stride, values)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How graphs of one bucket read a staged input at one combination of real sizes.
+
+    Attributes:
+        index: which argument.
+        real: size and stride of its real rows.
+        shape: size and stride at the bucket.
+        row_entries: per dim, how many consecutive entries make a row (2 for a dim of size ``2*s``).
+        fill: what padded rows hold: the last real row, zeros, or a number.
+        provided: bytes that the largest bucket will need, as far as known.
+    """
+
+    index: int
+    dtype: torch.dtype
+    real: Shape
+    shape: Shape
+    row_entries: tuple[int, ...]
+    fill: Fill
+    provided: int = 0
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that all rows reach."""
+        return extent(*self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def real_nbytes(self) -> int:
+        return extent(*self.real) * self.dtype.itemsize
+
+    @cached_property
+    def is_padded(self) -> bool:
+        return self.real[0] != self.shape[0]
+
+    @cached_property
+    def may_stay(self) -> bool:
+        """Whether it can be read where an argument lies, as far as sizes and strides tell.
+
+        Real rows must be at the same places at either size, and padded ones behind all of them.
+        """
+        size, stride = self.real
+        if 0 in size or 0 in stride or overlaps_itself(size, stride) or not same_places(size, stride, self.shape[1]):
+            return False
+        padded = [step * n for n, m, step in zip(size, *self.shape, strict=True) if m > n]
+        return all(first >= extent(size, stride) for first in padded)
+
+    def found_in(self, pool: OutputPool, tensor: torch.Tensor) -> OutputRange | None:
+        """The range where the argument can be read as it lies; ``None`` if it must be copied.
+
+        Padded rows will be overwritten there, so nothing real may come behind the argument: in ``y[:k]`` it does.
+        """
+        if not self.may_stay:
+            return None
+        storage = tensor.untyped_storage()
+        taken = pool.holder(storage)
+        if taken is None or tensor.data_ptr() % _ALIGNMENT:
+            return None
+        first = tensor.data_ptr() - pool.address
+        if self.is_padded:
+            is_last = first + self.real_nbytes == taken.offset + storage.nbytes()
+            return taken if is_last and first + self.nbytes <= taken.end else None
+        return taken
+
+    def buffer(self, pool: OutputPool, offset: int) -> torch.Tensor:
+        """What the graph reads if the input is at this offset of the pool."""
+        memory = pool.bytes(offset, self.nbytes)
+        with outside_inference_mode():
+            empty = torch.empty(0, dtype=self.dtype, device=memory.device)
+            return empty.set_(memory.untyped_storage(), 0, *self.shape)
+
+    def copy_to(self, buffer: torch.Tensor) -> StagedCopy:
+        return staged_copy(self.index, buffer, self.real, self.row_entries, self.fill)
+
+
 @dataclass(frozen=True, slots=True)
 class StagedCopy:
-    """How one call's argument gets into its buffer, and its padded rows get filled.
+    """How one call's argument gets into the buffer that a graph reads, and its padded rows get filled.
 
     Attributes:
         index: which argument.
@@ -43,12 +120,11 @@ class StagedCopy:
         return tensor if self.source is None else tensor.as_strided(*self.source)
 
 
-def stage(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
-    """Copy the real rows of every staged argument into its buffer, then fill the padded rows."""
-    if not copies:
-        return
-    torch._foreach_copy_([c.real for c in copies], [c.argument(args[c.index]) for c in copies])
-    for copy in copies:
+def stage(copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
+    """Copy the real rows of arguments to where the graph reads them; fill padded rows, of those ``in_place`` too."""
+    if copies:
+        torch._foreach_copy_([c.real for c in copies], [c.argument(args[c.index]) for c in copies])
+    for copy in (*copies, *in_place):
         for padded, value in copy.fills:
             if isinstance(value, torch.Tensor):
                 padded.copy_(value)
@@ -56,11 +132,10 @@ def stage(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
                 padded.fill_(value)
 
 
-def write_back(copies: Sequence[StagedCopy], args: Sequence[torch.Tensor], mutated: Collection[int]) -> None:
-    """Staged arguments that the region wrote in place: their real rows go back to the caller's tensor."""
-    for copy in copies:
-        if copy.index in mutated:
-            copy.argument(args[copy.index]).copy_(copy.real)
+def write_back(written: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
+    """Copied arguments that the region wrote in place: their real rows go back to the caller's tensor."""
+    for copy in written:
+        copy.argument(args[copy.index]).copy_(copy.real)
 
 
 def shares_memory(inputs: Sequence[TensorInput], args: Sequence[torch.Tensor]) -> bool:
@@ -83,32 +158,6 @@ def shares_memory(inputs: Sequence[TensorInput], args: Sequence[torch.Tensor]) -
 def _byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     start = tensor.data_ptr()
     return start, start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
-
-
-class StagingBuffers:
-    """The buffers of one region. Buffers grow by replacement; graphs made before keep the one they read."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._buffers: dict[int, torch.Tensor] = {}
-
-    def buffers(self) -> list[torch.Tensor]:
-        return list(self._buffers.values())
-
-    def at(self, tensor: TensorInput, bucket: Shape, largest: Shape) -> torch.Tensor:
-        """The buffer of ``tensor``, seen at a bucket's size and stride; room is made for ``largest`` at once.
-
-        Raises ``torch.OutOfMemoryError`` (or, on a CPU, ``RuntimeError``) if there is none.
-        """
-        need, provided = max(extent(*bucket), 1), extent(*largest)
-        if provided * tensor.dtype.itemsize > _PROVIDED_AT_ONCE:
-            provided = need
-        buffer = self._buffers.get(tensor.index)
-        with outside_inference_mode():
-            if buffer is None or buffer.numel() < need:
-                buffer = torch.zeros(max(need, provided), dtype=tensor.dtype, device=self._device)
-                self._buffers[tensor.index] = buffer
-            return buffer.as_strided(*bucket)
 
 
 def staged_copy(index: int, buffer: torch.Tensor, real: Shape, row_entries: Sequence[int], fill: Fill) -> StagedCopy:

@@ -8,6 +8,7 @@ padding rules name ATen and prims operators.)
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
@@ -18,7 +19,7 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.mutation_guard import GenerationTracker
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import CompileContext, detect_fake_mode
+from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
@@ -88,12 +89,6 @@ def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def inductor_option_names() -> list[str]:
     return sorted(inductor_config.get_config_copy())
-
-
-def current_frame_id() -> int | None:
-    """Dynamo's number for the Python frame being compiled; all recompilations of one frame share it."""
-    compile_id = CompileContext.current_compile_id()
-    return None if compile_id is None else compile_id.frame_id
 
 
 def input_sources(gm: torch.fx.GraphModule) -> list[str]:
@@ -243,6 +238,36 @@ CAN_MOVE_STORAGE = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # since tor
 def swap_memory(first: torch.UntypedStorage, second: torch.UntypedStorage) -> None:
     """Exchange the memory under two storages of equal size and device; every tensor on them follows."""
     first._swap_data_ptr_(second)  # type: ignore[attr-defined]
+
+
+_FORBID_ACCESS = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)  # CUDA builds only
+CAN_FORBID_ACCESS = _FORBID_ACCESS is not None
+
+
+def forbid_access(storage: torch.UntypedStorage, message: str) -> None:
+    """From now on an access to the storage's memory raises ``RuntimeError(message)``; it is no longer held.
+
+    CPU builds of torch can't do that: there, every tensor on it that Python knows becomes of a class that raises.
+    """
+    if _FORBID_ACCESS is not None:
+        _FORBID_ACCESS(storage._cdata, message)
+        return
+    forbidden = _forbidden(message)
+    for tensor in [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]:
+        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata == storage._cdata:
+            tensor.__class__ = forbidden
+
+
+def _forbidden(message: str) -> type[torch.Tensor]:
+    def raises(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(message)
+
+    return type("Overwritten", (torch.Tensor,), {"__torch_function__": classmethod(raises)})
+
+
+def current_stream(device: torch.device) -> tuple[int, int, int]:
+    """The id of the device's current stream, its device index and its device type."""
+    return torch._C._cuda_getCurrentStream(device.index)
 
 
 def clear_cublas_workspaces() -> None:

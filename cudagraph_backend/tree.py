@@ -1,85 +1,353 @@
-"""Places in the step, the output ranges that belong to them, and the graphs captured there.
+"""The tree: places in the step where a region is called, the graphs captured there, and the routes of calls to them.
 
-A *place* is where a region is called: the same Python frame, and the same kind of region (inference, forward,
-backward). Recompilations of one frame (the size-1 region, the static first call, the dynamic region) never run at the
-same time, so they share the place's ranges, as all buckets of a region do.
+A *place* is a region called with certain addresses: those of its static inputs, where in the output pool it reads its
+other inputs, and the ranges that it writes its outputs to. From place to place leads what a call finds its arguments to
+be: an output of the place before, read where it lies. All buckets share a place's addresses, one graph each.
+
+Nothing says beforehand that a place may be used: other places may use the same bytes. It may if nothing is alive in
+what it writes. That is looked up at every call, so that no order of calls, and no lifetime of an output, is a mistake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
 
 from cudagraph_backend.drivers import Graph
-from cudagraph_backend.output_pool import OutputPool, OutputRange, can_move_out
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
+from cudagraph_backend.output_pool import OutputPool, OutputRange, Span, can_invalidate, can_move_out
+from cudagraph_backend.plan import Plan, Sizes
+from cudagraph_backend.region import Region
+from cudagraph_backend.staging import Reading, StagedCopy
+from cudagraph_backend.torch_internals import addresses_equal, current_step
 
-Ranges = list[OutputRange]
+Where: TypeAlias = "tuple[int | None, ...]"
+"""Per staged input, the offset in the pool where a call's argument is read; ``None``: the argument is copied."""
 
-# Without the means to move a live output (torch 2.11), that many sets of ranges keep up to so many outputs of a place
-# alive before its region runs uncaptured. Each set has graphs of its own.
-_SETS = 1 if can_move_out() else 4
+TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
+_ADDRESSES_MOVE = Refusal("static inputs keep moving to new addresses")
+_LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
+
+_UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets of parameters before any is met again
+_PLACES = 128
+_IDLE_CALLS = 1000  # after that many calls of the region elsewhere, a place may make room for another one
+_FOUND_PER_INPUT = 8
+_OLDER_OUTPUTS_KEPT = 4  # sets of outputs, where they can't be moved out
 
 
-@dataclass(frozen=True, slots=True)
-class CapturedGraph:
-    """A graph, and the memory that it was captured with.
+@dataclass(eq=False)
+class Place:
+    """The addresses of one place, and its graphs by bucket.
 
-    ``static_addresses`` has the address of each static argument (``None`` for any other), ``ranges`` the output
-    ranges. A range that grows where it stands stays the same one.
+    ``static_addresses`` has the address of each static argument (``None`` for any other), ``inputs`` the bytes of the
+    pool that graphs read, per staged input. ``used`` is the number of the region's call that used it last.
     """
 
-    graph: Graph
     static_addresses: list[int | None]
-    ranges: Ranges
+    inputs: tuple[Span, ...]
+    outputs: tuple[OutputRange, ...] = ()
+    graphs: dict[Sizes, Graph] = field(default_factory=dict)
+    used: int = 0
 
-    def fits(self, ranges: Ranges) -> bool:
-        """Whether it writes to these ranges."""
-        return len(ranges) >= len(self.ranges) and all(a is b for a, b in zip(self.ranges, ranges, strict=False))
+    def accepts(self, readings: Sequence[Reading], where: Where) -> bool:
+        """Whether arguments found there are read here, and others can be copied to where they are read."""
+        copied: list[Span] = []
+        for reading, found, (first, end) in zip(readings, where, self.inputs, strict=True):
+            if found is None:
+                copied.append((first, first + reading.nbytes))
+            if (found is None and first + reading.nbytes > end) or found not in (None, first):
+                return False
+        copied.sort()
+        return all(a_end <= b for (_, a_end), (b, _) in pairwise(copied))
+
+    def holds(self, range_nbytes: Sequence[int]) -> bool:
+        """Whether outputs of these sizes fit."""
+        return len(range_nbytes) <= len(self.outputs) and all(
+            need <= taken.nbytes for need, taken in zip(range_nbytes, self.outputs, strict=False)
+        )
 
 
-class Place:
-    """The output ranges of one place, grown to the need of the largest bucket captured there."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """How calls of certain sizes, whose arguments are found in certain places, are answered at a place.
 
-    def __init__(self, pool: OutputPool):
+    Attributes:
+        inputs: what the bucket runs with: sizes and views of the pool by argument, ``None`` for static ones.
+        copies: of the arguments that are copied.
+        in_place: of those that are read where they lie; only their padded rows are written.
+        written: those of ``copies`` whose arguments the region changes.
+        writes: the bytes of the pool that a call writes.
+    """
+
+    place: Place
+    inputs: list[Any]
+    copies: tuple[StagedCopy, ...]
+    in_place: tuple[StagedCopy, ...]
+    written: tuple[StagedCopy, ...]
+    writes: tuple[Span, ...]
+
+    def blockers(self, pool: OutputPool) -> list[OutputRange]:
+        """The ranges with live outputs that a call would overwrite."""
+        return [taken for span in self.writes for taken in pool.live_in(span)]
+
+    def is_free(self, pool: OutputPool) -> bool:
+        return not any(map(pool.live_in, self.writes))
+
+
+class Tree:
+    """The places of one region, and the routes to them that calls took."""
+
+    def __init__(self, region: Region, pool: OutputPool, options: Options):
+        self.places: list[Place] = []
+        self.found: dict[tuple[Sizes, int], set[int]] = {}
+        self._region = region
+        self._static = region.static
         self._pool = pool
-        self._sets: list[Ranges] = [[]]
+        self._options = options
+        self._routes: dict[tuple[Sizes, Where], list[Route]] = {}
+        self._nowhere: Where = (None,) * len(region.staged)
+        self._calls = 0
+        self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
+        self._put_off: set[tuple[Where, tuple[int | None, ...]]] = set()
 
-    def free_ranges(self, count: int | None) -> Ranges | None:
-        """A set of ranges of which the first ``count`` hold no live output (``None``: all of them).
+    # ---- the hot path
 
-        A live output is moved out first. Returns ``None`` if live outputs hold every set and this torch can't move
-        them. The list is the place's own: ``reserve`` makes it longer.
-        """
-        for ranges in self._sets:
-            if not any(r.is_live() for r in ranges[:count]):
-                return ranges
-        if can_move_out():
-            for taken in self._sets[0][:count]:
-                if taken.is_live():
-                    taken.move_out()
-                    self._pool.moved_out += 1
-            return self._sets[0]
-        if len(self._sets) < _SETS:
-            self._sets.append([])
-            return self._sets[-1]
+    def where(self, plan: Plan, args: Sequence[Any]) -> Where:
+        """Where the call's arguments are read."""
+        start = self._pool.address
+        end = start + self._pool.nbytes
+        for reading in plan.readings:
+            if start <= args[reading.index].data_ptr() < end:
+                return self._where_pooled(plan, args)
+        return self._nowhere
+
+    def route(self, plan: Plan, where: Where, args: list[Any]) -> Route | None:
+        """A route to a captured graph that may be replayed, among those that were taken before."""
+        for route in self._routes.get((plan.sizes, where), ()):
+            place = route.place
+            if (
+                plan.bucket.sizes in place.graphs
+                and addresses_equal(args, place.static_addresses, self._static)
+                and route.is_free(self._pool)
+            ):
+                self._calls += 1
+                place.used = self._calls
+                self._unused[plan.bucket.sizes] = 0
+                return route
         return None
 
-    def reserve(self, ranges: Ranges, needs: Sequence[int]) -> None:
-        """Make the first ranges at least ``needs`` bytes long. One that can't grow where it stands moves.
+    # ---- the way to a route
 
-        Raises ``torch.OutOfMemoryError``, with the ranges as they were, or some of them longer.
+    def _where_pooled(self, plan: Plan, args: Sequence[Any]) -> Where:
+        where: list[int | None] = []
+        padded: list[OutputRange] = []
+        for reading in plan.readings:
+            tensor = args[reading.index]
+            taken = reading.found_in(self._pool, tensor)
+            # Of two arguments on one range, one might overwrite the padded rows of the other.
+            if taken is None or (reading.is_padded and taken in padded):
+                where.append(None)
+                continue
+            if reading.is_padded:
+                padded.append(taken)
+            where.append(self._few(plan.bucket.sizes, reading.index, tensor.data_ptr() - self._pool.address))
+        return tuple(where)
+
+    def _few(self, sizes: Sizes, index: int, offset: int) -> int | None:
+        """The offset, unless the bucket's graphs read this input at many others already: it is copied then."""
+        found = self.found.setdefault((sizes, index), set())
+        if len(found) < _FOUND_PER_INPUT:
+            found.add(offset)
+        return offset if offset in found else None
+
+    def new_route(self, plan: Plan, where: Where, args: list[Any]) -> Route | Refusal:
+        """A route to a place where nothing is alive in what is written, or nothing any more.
+
+        Its place may lack a graph for the plan's bucket, and if it is new, outputs. A place that exists is preferred,
+        even if outputs of an earlier step must be moved out there; those of this step are left alone.
         """
-        for index, need in enumerate(needs):
-            if index == len(ranges):
-                ranges.append(self._pool.allocate(need))
-            elif ranges[index].nbytes < need and not self._pool.extend(ranges[index], need):
-                old, ranges[index] = ranges[index], self._pool.allocate(need)
-                self._pool.free([old])
+        older: list[Route] = []
+        for route in self._fitting(plan, where, args):
+            blockers = route.blockers(self._pool)
+            if not blockers:
+                return route
+            if all(taken.step != current_step() and not _is_read(taken, where) for taken in blockers):
+                older.append(route)
+        try:
+            for route in older:
+                if self._clear(route.blockers(self._pool), args):
+                    return route
+            if len(older) >= _OLDER_OUTPUTS_KEPT:
+                return _LIVE_OUTPUTS
+            return self._route_to(self._new_place(plan, where, args), plan, where)
+        except torch.OutOfMemoryError as error:
+            return no_memory(error)
 
-    def has(self, graph: CapturedGraph) -> bool:
-        """Whether the ranges that a graph writes to are still the place's."""
-        return any(graph.fits(ranges) for ranges in self._sets)
+    def _clear(self, blockers: Sequence[OutputRange], args: Sequence[Any]) -> bool:
+        """Free ranges with outputs of earlier steps, in the way that the user chose, if that can be done."""
+        lost: list[OutputRange] = []
+        if self._options.on_overwrite == "error":
+            read = [self._pool.holder(arg.untyped_storage()) for arg in args if isinstance(arg, torch.Tensor)]
+            lost = [taken for taken in blockers if not taken.is_saved and taken not in read]
+        if not (can_move_out() or len(lost) == len(blockers)) or not (can_invalidate() or not lost):
+            return False
+        for taken in blockers:
+            if taken in lost:
+                self._pool.invalidate(taken)
+            else:
+                self._pool.move_out(taken)
+        return True
 
-    def __del__(self) -> None:
-        for ranges in self._sets:
-            self._pool.free(ranges)
+    def _fitting(self, plan: Plan, where: Where, args: list[Any]) -> list[Route]:
+        """The routes to places with the call's addresses; first those that have a graph for its bucket."""
+        routes, layout = self._routes.setdefault((plan.sizes, where), []), plan.bucket.layout
+        known = {route.place for route in routes}
+        routes += [
+            self._route_to(place, plan, where)
+            for place in self.places
+            if place not in known
+            and addresses_equal(args, place.static_addresses, self._static)
+            and place.accepts(plan.readings, where)
+            and (layout is None or place.holds(layout.range_nbytes))
+        ]
+        fitting = [r for r in routes if addresses_equal(args, r.place.static_addresses, self._static)]
+        return sorted(fitting, key=lambda route: plan.bucket.sizes not in route.place.graphs)
+
+    def _route_to(self, place: Place, plan: Plan, where: Where) -> Route:
+        buffers: dict[int, torch.Tensor] = {}
+        copies: list[StagedCopy] = []
+        in_place: list[StagedCopy] = []
+        writes = [taken.span for taken in place.outputs]
+        for reading, found, (first, _) in zip(plan.readings, where, place.inputs, strict=True):
+            buffers[reading.index] = buffer = reading.buffer(self._pool, first)
+            (copies if found is None else in_place).append(reading.copy_to(buffer))
+            if found is None:
+                writes.append((first, first + reading.nbytes))
+        inputs = bucket_inputs(self._region, plan.bucket.sizes, buffers)
+        mutated = {tensor.index for tensor in self._region.inputs if tensor.mutated}
+        written = tuple(copy for copy in copies if copy.index in mutated)
+        return Route(place, inputs, tuple(copies), tuple(in_place), written, tuple(writes))
+
+    # ---- new places and graphs
+
+    def _new_place(self, plan: Plan, where: Where, args: Sequence[Any]) -> Place:
+        """A place that reads arguments where they are found, and others where they were read before or at free bytes.
+
+        Raises ``torch.OutOfMemoryError``.
+        """
+        taken = [
+            (found, found + reading.nbytes)
+            for reading, found in zip(plan.readings, where, strict=True)
+            if found is not None
+        ]
+        inputs: list[Span] = []
+        for position, (reading, found) in enumerate(zip(plan.readings, where, strict=True)):
+            if found is not None:
+                inputs.append((found, found + reading.nbytes))
+                continue
+            before = [place.inputs[position] for place in self.places]
+            room = self._pool.find_room(max(reading.nbytes, reading.provided), taken, before)
+            inputs.append(room.span)
+            taken.append(room.span)
+        static = set(self._static)
+        addresses = [arg.data_ptr() if i in static else None for i, arg in enumerate(args)]
+        return Place(addresses, tuple(inputs))
+
+    def refused_capture(self, plan: Plan, where: Where, place: Place) -> Refusal | None:
+        """Why no graph is captured for a call, though there is none for it.
+
+        After many captures that no call made use of, addresses must be met twice to be captured.
+        """
+        self._calls += 1
+        if self.is_full():
+            return TOO_MANY_GRAPHS
+        if place not in self.places and len(self.places) >= _PLACES and not self._drop_idle_place():
+            return _ADDRESSES_MOVE
+        if self._unused.get(plan.bucket.sizes, 0) < _UNUSED_CAPTURES:
+            return None
+        addresses = (where, tuple(place.static_addresses))
+        if addresses in self._put_off:
+            return None
+        if len(self._put_off) >= _PLACES:
+            self._put_off.clear()
+        self._put_off.add(addresses)
+        return _ADDRESSES_MOVE
+
+    def _drop_idle_place(self) -> bool:
+        idle = min(self.places, key=lambda place: place.used)
+        if self._calls - idle.used < _IDLE_CALLS:
+            return False
+        self.places.remove(idle)
+        for key, routes in self._routes.items():
+            self._routes[key] = [route for route in routes if route.place is not idle]
+        return True
+
+    def provide(self, route: Route, range_nbytes: Sequence[int], provided: Sequence[int]) -> Route:
+        """The same route, or one to a new place with the same inputs, where outputs of ``range_nbytes`` fit.
+
+        A new place has room for the ``provided`` bytes, if they can be had. Raises ``torch.OutOfMemoryError``.
+        """
+        place = route.place
+        if not place.holds(range_nbytes):
+            try:
+                outputs = self._ranges(place, provided)
+            except torch.OutOfMemoryError:
+                outputs = self._ranges(place, range_nbytes)
+            writes = [span for span in route.writes if span not in [taken.span for taken in place.outputs]]
+            place = Place(place.static_addresses, place.inputs, outputs)
+            writes = [*(taken.span for taken in outputs), *writes]
+            route = Route(place, route.inputs, route.copies, route.in_place, route.written, tuple(writes))
+        return route
+
+    def _ranges(self, place: Place, needs: Sequence[int]) -> tuple[OutputRange, ...]:
+        taken: list[Span] = list(place.inputs)
+        known = [span for p in self.places for span in (*p.inputs, *(r.span for r in p.outputs))]
+        ranges: list[OutputRange] = []
+        for need in needs:
+            ranges.append(self._pool.find_room(need, taken, known))
+            taken.append(ranges[-1].span)
+        return tuple(ranges)
+
+    def add(self, plan: Plan, where: Where, route: Route, graph: Graph) -> None:
+        """Keep a new graph, and the route to it."""
+        sizes, place = plan.bucket.sizes, route.place
+        self._calls += 1
+        place.used = self._calls
+        place.graphs[sizes] = graph
+        if place not in self.places:
+            self.places.append(place)
+        routes = self._routes.setdefault((plan.sizes, where), [])
+        if route not in routes:
+            routes.append(route)
+        self._unused[sizes] = self._unused.get(sizes, 0) + 1
+
+    def is_full(self) -> bool:
+        return self.graph_count() >= self._options.max_graphs
+
+    def graph_count(self) -> int:
+        return sum(len(place.graphs) for place in self.places)
+
+
+def no_memory(error: torch.OutOfMemoryError) -> Refusal:
+    return Refusal(f"no memory for the output pool: {error}")
+
+
+def bucket_inputs(region: Region, sizes: Sizes, buffers: Mapping[int, torch.Tensor]) -> list[Any]:
+    """What a bucket runs with, by argument: its sizes and buffers, and ``None`` for what the call itself gives."""
+    indices = [i.index for i in region.inputs] + [s.index for s in region.sizes]
+    inputs: list[Any] = [None] * (1 + max(indices, default=-1))
+    for source, size in zip(region.sizes, sizes, strict=True):
+        if source.dim is None:
+            inputs[source.index] = size
+    for index, buffer in buffers.items():
+        inputs[index] = buffer
+    return inputs
+
+
+def _is_read(taken: OutputRange, where: Where) -> bool:
+    return any(found is not None and taken.offset <= found < taken.end for found in where)

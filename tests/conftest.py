@@ -28,7 +28,7 @@ def nothing_left_behind():
         return  # a reset and a collection after each of a thousand unit tests would cost minutes
     gc.collect()
     held = [weakref.ref(part) for d in sharedgraph.devices().values() for part in (d, d.driver, d.pool)]
-    held += [weakref.ref(b) for r in sharedgraph.regions() if r.table for b in r.table.staging.buffers()]
+    held += [weakref.ref(place) for r in sharedgraph.regions() if r.table for place in r.table.tree.places]
     torch._dynamo.reset()
     gc.collect()
     assert not sharedgraph.regions()

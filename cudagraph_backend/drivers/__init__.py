@@ -7,8 +7,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from cudagraph_backend.torch_internals import Compiled
-
 T = TypeVar("T")
 
 
@@ -43,14 +41,17 @@ class Driver(Protocol):
 
     def new_memory(self) -> Memory: ...
 
-    def prepare(self, compiled: Compiled) -> Compiled:
-        """The callable to run and capture for a compiled region."""
+    def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a buffer of a region that is run or captured."""
 
     def run_once(self, run: Callable[[], T]) -> T:
         """Run for real, before capture: initialises what is lazy (autotuning, handles), with capture's scratch."""
 
     def capture(self, run: Callable[[], None]) -> Graph:
         """Capture ``run`` without running it. Raises ``CaptureError``, leaving nothing behind, if it can't be."""
+
+    def join(self) -> None:
+        """Let the current stream wait for the one that called last, as all calls share memory."""
 
     def is_capturing(self) -> bool:
         """Whether the current stream is already being captured, by somebody else."""

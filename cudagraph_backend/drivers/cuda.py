@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from cudagraph_backend.errors import CaptureError
-from cudagraph_backend.torch_internals import Compiled, clear_cublas_workspaces, end_failed_capture
+from cudagraph_backend.torch_internals import clear_cublas_workspaces, current_stream, end_failed_capture
 
 T = TypeVar("T")
 
@@ -127,12 +127,14 @@ class CudaDriver:
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._memory: MemoryPool | None = None
+        self._last: tuple[int, int, int] | None = None
+        self._last_stream: torch.cuda.Stream | None = None
 
     def new_memory(self) -> CudaMemory:
         return CudaMemory(self.device)
 
-    def prepare(self, compiled: Compiled) -> Compiled:
-        return compiled
+    def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
 
     def run_once(self, run: Callable[[], T]) -> T:
         """Run on the capture stream, with the memory pool, so that capture finds the blocks of scratch it needs."""
@@ -185,6 +187,14 @@ class CudaDriver:
             anchor.capture_end()
             self._memory = memory
         return self._memory
+
+    def join(self) -> None:
+        current = current_stream(self.device)
+        if current != self._last:
+            stream = torch.cuda.current_stream(self.device)
+            if self._last_stream is not None:
+                stream.wait_stream(self._last_stream)
+            self._last, self._last_stream = current, stream
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -13,9 +13,6 @@ from typing import TypeVar
 
 import torch
 
-from cudagraph_backend import torch_internals
-from cudagraph_backend.torch_internals import Compiled
-
 T = TypeVar("T")
 
 _RESERVED = 1 << 36  # 64 GiB of addresses; a page takes memory when it is first written
@@ -68,10 +65,11 @@ class HostDriver:
     def new_memory(self) -> HostMemory:
         return HostMemory()
 
-    def prepare(self, compiled: Compiled) -> Compiled:
-        if not self.poison:
-            return compiled
-        return torch_internals.with_allocator(compiled, "cpu", _poisoned) or compiled
+    def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        buffer = torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+        if self.poison:
+            torch.empty(0, dtype=torch.uint8, device="cpu").set_(buffer.untyped_storage()).fill_(0xFF)
+        return buffer
 
     def run_once(self, run: Callable[[], T]) -> T:
         return run()
@@ -79,14 +77,11 @@ class HostDriver:
     def capture(self, run: Callable[[], None]) -> HostGraph:
         return HostGraph(run)
 
+    def join(self) -> None:
+        """There are no streams."""
+
     def is_capturing(self) -> bool:
         return False
 
     def scratch_nbytes(self) -> int:
         return 0
-
-
-def _poisoned(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    buffer = torch.empty_strided(size, stride, dtype=dtype, device="cpu")
-    torch.empty(0, dtype=torch.uint8, device="cpu").set_(buffer.untyped_storage()).fill_(0xFF)
-    return buffer

@@ -124,12 +124,12 @@ def test_parameters_that_move_at_every_call_are_not_captured_for_ever(device):
     x = torch.randn(3, 4, device=device)
     held = []
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(60):
             held.append(linear.weight.data)  # or the allocator hands out the same address again
             linear.weight.data = torch.randn(4, 4, device=device)
             torch.testing.assert_close(f(x), linear(x))
         captures = sg.stats().captures
-        assert captures < 12
+        assert captures < 40
         for _ in range(5):  # and once they stay, graphs are used again
             torch.testing.assert_close(f(x), linear(x))
     assert sg.stats().captures == captures + 1

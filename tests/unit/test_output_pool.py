@@ -1,4 +1,4 @@
-"""The output pool: ranges never overlap, live bytes never change, and moved outputs keep their values."""
+"""The output pool: live ranges never overlap, live bytes never change, and moved outputs keep their values."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cudagraph_backend.drivers.host import HostMemory
-from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange, can_move_out
+from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange, can_invalidate, can_move_out
 
-LOAN = Loan("region 0 (inference)", ((0, 0, 64),), (1, 0))
+LOAN = Loan("region 0 (inference)", ((0, 0, 64),), ("model.py:3 in f: return x * 2",))
 sizes = st.integers(0, 3 * ALIGNMENT)
 needs_move = pytest.mark.skipif(not can_move_out(), reason="this torch can't exchange the memory of storages")
 
 
-def output_on(taken: OutputRange, nbytes: int) -> torch.Tensor:
+def output_on(pool: OutputPool, taken: OutputRange, nbytes: int) -> torch.Tensor:
     """A tensor as a call returns it: on the range's storage, and no view of the range's own tensor."""
-    storage = taken.lend(nbytes, LOAN)
+    storage = pool.lend(taken, nbytes, LOAN, (1, 0))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (nbytes,), (1,))
+
+
+def fill(pool: OutputPool, taken: OutputRange, byte: int) -> None:
+    pool.bytes(taken.offset, taken.nbytes).fill_(byte)
 
 
 @pytest.fixture
@@ -42,55 +46,39 @@ class Kept:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Outputs are lent, kept, viewed, dropped and moved out while ranges come and go."""
+    """Outputs are lent, kept, viewed, dropped and moved out, on ranges that overlap when they are dead."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = OutputPool(HostMemory())
-        self.held: list[OutputRange] = []
-        self.freed: list[OutputRange] = []
+        self.ranges: list[OutputRange] = []
         self.kept: list[Kept] = []
         self.nbytes = 0
 
-    def live(self, taken: OutputRange) -> bool:
-        return any(k.taken is taken and not k.moved for k in self.kept)
+    def live(self) -> set[OutputRange]:
+        return {k.taken for k in self.kept if not k.moved}
 
-    def draw_range(self, data: st.DataObject) -> OutputRange:
-        return self.held[data.draw(st.integers(0, len(self.held) - 1))]
+    @rule(nbytes=sizes, data=st.data())
+    def find_room(self, nbytes: int, data: st.DataObject) -> None:
+        taken = data.draw(st.lists(st.sampled_from(self.ranges), max_size=2)) if self.ranges else []
+        found = self.pool.find_room(nbytes, [r.span for r in taken], [r.span for r in self.ranges[-2:]])
+        assert found.nbytes >= nbytes
+        assert found.offset % ALIGNMENT == 0
+        assert found.end <= self.pool.nbytes
+        for other in (*taken, *self.live()):
+            assert found.end <= other.offset or other.end <= found.offset
+        self.ranges.append(found)
 
-    @rule(nbytes=sizes)
-    def allocate(self, nbytes: int) -> None:
-        self.held.append(self.pool.allocate(nbytes))
-        assert self.held[-1].nbytes >= nbytes
-        assert not self.held[-1].is_live()
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), more=sizes)
-    def extend(self, data: st.DataObject, more: int) -> None:
-        taken = self.draw_range(data)
-        before, need = taken.nbytes, taken.nbytes + more
-        if self.pool.extend(taken, need):
-            assert taken.nbytes >= need
-        else:
-            assert taken.nbytes == before
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        taken = self.draw_range(data)
-        self.held.remove(taken)
-        self.freed.append(taken)
-        self.pool.free([taken])
-
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.ranges)
     @rule(data=st.data(), byte=st.integers(0, 255))
     def write_and_lend(self, data: st.DataObject, byte: int) -> None:
-        taken = self.draw_range(data)
-        if self.live(taken):
+        taken = data.draw(st.sampled_from(self.ranges))
+        if self.pool.live_in(taken.span):
             return
         nbytes = data.draw(st.integers(1, taken.nbytes))
-        taken.bytes(nbytes).fill_(byte)
-        output = output_on(taken, nbytes)
+        fill(self.pool, taken, byte)
+        output = output_on(self.pool, taken, nbytes)
+        assert self.pool.holder(output.untyped_storage()) is taken
         self.kept.append(Kept(taken, output, torch.full((nbytes,), byte, dtype=torch.uint8)))
 
     @precondition(lambda self: self.kept)
@@ -105,122 +93,92 @@ class PoolMachine(RuleBasedStateMachine):
     def drop(self, data: st.DataObject) -> None:
         del self.kept[data.draw(st.integers(0, len(self.kept) - 1))]
 
+    @precondition(lambda self: self.ranges)
+    @rule(data=st.data())
+    def forget_a_range(self, data: st.DataObject) -> None:
+        self.ranges.remove(data.draw(st.sampled_from(self.ranges)))
+
     @precondition(lambda self: can_move_out() and any(not k.moved for k in self.kept))
     @rule(data=st.data())
     def move_out(self, data: st.DataObject) -> None:
         taken = data.draw(st.sampled_from([k.taken for k in self.kept if not k.moved]))
-        taken.move_out()
+        self.pool.move_out(taken)
         for kept in self.kept:
             kept.moved |= kept.taken is taken
         assert taken.loan is None
 
     @rule()
     def poison_what_is_dead(self) -> None:
-        for dead in self.pool.dead_ranges():
-            dead.bytes(dead.nbytes).fill_(0xFF)
+        for first, end in self.pool.free_spans():
+            self.pool.bytes(first, end - first).fill_(0xFF)
 
     @invariant()
     def kept_tensors_have_their_values(self) -> None:
         for kept in self.kept:
             assert torch.equal(kept.tensor, kept.values)
+            holder = self.pool.holder(kept.tensor.untyped_storage())
+            assert holder is (None if kept.moved else kept.taken)
 
     @invariant()
     def liveness_is_that_of_the_tensors(self) -> None:
-        for taken in self.held + self.freed:
-            assert taken.is_live() == self.live(taken)
+        assert set(self.pool.live_ranges()) == self.live()
+        free = [byte for span in self.pool.free_spans() for byte in range(*span, ALIGNMENT)]
+        used = [byte for taken in self.live() for byte in range(*taken.span, ALIGNMENT)]
+        assert sorted(free + used) == list(range(0, self.pool.nbytes, ALIGNMENT))
 
     @invariant()
-    def ranges_in_use_never_overlap(self) -> None:
-        used = self.held + [taken for taken in self.freed if self.live(taken)]
-        ends = [0]
-        for taken in sorted(used, key=lambda r: r.offset):
-            assert taken.offset >= ends[-1]
-            assert taken.offset % ALIGNMENT == 0
-            ends.append(taken.offset + taken.nbytes)
-        assert ends[-1] <= self.pool.nbytes
+    def live_ranges_are_found_by_their_bytes(self) -> None:
+        for taken in self.ranges:
+            overlapping = {r for r in self.live() if r.offset < taken.end and taken.offset < r.end}
+            assert set(self.pool.live_in(taken.span)) == overlapping
 
     @invariant()
     def the_pool_never_shrinks(self) -> None:
         assert self.pool.nbytes >= self.nbytes
         self.nbytes = self.pool.nbytes
 
-    @invariant()
-    def every_address_leads_to_its_range(self) -> None:
-        for taken in self.held + [taken for taken in self.freed if self.live(taken)]:
-            for inside in (0, taken.nbytes - 1):
-                assert self.pool.find(self.pool._memory.address + taken.offset + inside) is taken
-
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_ranges_are_aligned_and_follow_each_other(pool: OutputPool):
-    ranges = [pool.allocate(n) for n in (1, ALIGNMENT, ALIGNMENT + 1, 0)]
-    assert [(r.offset, r.nbytes) for r in ranges] == [
-        (0, ALIGNMENT),
-        (ALIGNMENT, ALIGNMENT),
-        (2 * ALIGNMENT, 2 * ALIGNMENT),
-        (4 * ALIGNMENT, ALIGNMENT),
-    ]
+def test_ranges_are_aligned_and_follow_what_is_taken(pool: OutputPool):
+    taken: list[tuple[int, int]] = []
+    for nbytes in (1, ALIGNMENT, ALIGNMENT + 1, 0):
+        taken.append(pool.find_room(nbytes, taken).span)
+    assert taken == [(ALIGNMENT * a, ALIGNMENT * b) for a, b in ((0, 1), (1, 2), (2, 4), (4, 5))]
     assert pool.nbytes == 5 * ALIGNMENT
 
 
-def test_the_first_gap_that_is_large_enough_is_reused(pool: OutputPool):
-    ranges = [pool.allocate(n * ALIGNMENT) for n in (1, 1, 3, 1)]
-    pool.free([ranges[0], ranges[2]])
-    assert pool.allocate(2 * ALIGNMENT).offset == ranges[2].offset
-    assert pool.allocate(ALIGNMENT).offset == 0
-    assert pool.allocate(ALIGNMENT).offset == ranges[2].offset + 2 * ALIGNMENT
-    assert pool.nbytes == 6 * ALIGNMENT
+def test_the_first_gap_that_is_large_enough_is_used(pool: OutputPool):
+    ranges = [pool.find_room(5 * ALIGNMENT, [])]
+    taken = [(ALIGNMENT, 2 * ALIGNMENT), (4 * ALIGNMENT, 5 * ALIGNMENT)]
+    assert pool.find_room(2 * ALIGNMENT, taken).offset == 2 * ALIGNMENT
+    assert pool.find_room(ALIGNMENT, taken).offset == 0
+    assert pool.find_room(3 * ALIGNMENT, taken).offset == ranges[0].end
 
 
-def test_a_range_that_is_freed_while_live_is_reused_when_it_is_dead(pool: OutputPool):
-    taken = pool.allocate(64)
-    output = output_on(taken, 64).fill_(3)
-    pool.free([taken])
-    assert pool.allocate(64).offset != taken.offset
+def test_the_bytes_of_a_dead_output_are_used_again(pool: OutputPool):
+    output = output_on(pool, pool.find_room(64, []), 64).fill_(3)
+    assert pool.find_room(64, []).offset == ALIGNMENT
     assert (output == 3).all()
     del output
-    assert pool.allocate(64).offset == taken.offset
+    assert pool.find_room(64, []).offset == 0
 
 
-def test_a_live_range_stays_when_others_that_were_freed_with_it_are_dropped(pool: OutputPool):
-    dead, live = pool.allocate(64), pool.allocate(64)
-    output = output_on(live, 64).fill_(3)
-    pool.free([dead, live])
-    assert [pool.allocate(64).offset for _ in range(2)] == [dead.offset, 2 * ALIGNMENT]
-    assert pool.find(output.data_ptr()) is live
-    del output
-    assert pool.allocate(64).offset == live.offset
+def test_a_preferred_range_is_used_if_it_is_as_long_and_free(pool: OutputPool):
+    first, second, long = (0, ALIGNMENT), (ALIGNMENT, 2 * ALIGNMENT), (0, 3 * ALIGNMENT)
+    pool.find_room(3 * ALIGNMENT, [])
+    assert pool.find_room(64, [], [long, second]).span == second
+    assert pool.find_room(64, [second], [second]).span == first
+    kept = output_on(pool, pool.find_room(64, [first], [second]), 64)
+    assert pool.find_room(64, [first], [second]).span == (2 * ALIGNMENT, 3 * ALIGNMENT)
+    del kept
 
 
-def test_extending_needs_room_behind(pool: OutputPool):
-    first, second = pool.allocate(1), pool.allocate(1)
-    assert not pool.extend(first, 2 * ALIGNMENT)
-    assert first.nbytes == ALIGNMENT
-    assert pool.extend(second, 2 * ALIGNMENT)
-    assert (second.nbytes, pool.nbytes) == (2 * ALIGNMENT, 3 * ALIGNMENT)
-
-
-def test_extending_takes_the_room_of_a_dead_range_and_not_of_a_live_one(pool: OutputPool):
-    first, second = pool.allocate(1), pool.allocate(1)
-    output = output_on(second, 8)
-    pool.free([second])
-    assert not pool.extend(first, 2 * ALIGNMENT)
-    del output
-    assert pool.extend(first, 2 * ALIGNMENT)
-    assert first.offset + first.nbytes == 2 * ALIGNMENT
-
-
-def test_a_live_range_grows_where_it_stands(pool: OutputPool):
-    taken = pool.allocate(64)
-    output = output_on(taken, 64).fill_(5)
-    address = output.data_ptr()
-    assert pool.extend(taken, 8 * ALIGNMENT)
-    assert output.data_ptr() == address
-    assert taken.is_live()
-    assert (output == 5).all()
+def test_equal_bytes_are_one_range(pool: OutputPool):
+    assert pool.find_room(64, []) is pool.find_room(1, [])
+    assert pool.find_room(64, []) is not pool.find_room(ALIGNMENT + 1, [])
 
 
 class FullMemory(HostMemory):
@@ -234,43 +192,40 @@ class FullMemory(HostMemory):
 
 def test_a_full_device_leaves_the_pool_as_it_was():
     pool = OutputPool(FullMemory())
-    taken = pool.allocate(512)
+    taken = pool.find_room(512, [])
     with pytest.raises(torch.OutOfMemoryError):
-        pool.allocate(1024)
-    with pytest.raises(torch.OutOfMemoryError):
-        pool.extend(taken, 2048)
-    assert (taken.nbytes, pool.nbytes) == (512, 512)
-    assert pool.allocate(512).offset == 512
+        pool.find_room(1024, [taken.span])
+    assert pool.nbytes == 512
+    assert pool.find_room(512, [taken.span]).offset == 512
 
 
 def test_outputs_lie_in_the_pooled_tensor(pool: OutputPool):
-    pool.allocate(1)
-    taken = pool.allocate(64)
-    output = output_on(taken, 64)
+    taken = pool.find_room(64, [(0, 1)])
+    output = output_on(pool, taken, 64)
     output.copy_(torch.arange(64))
-    assert output.data_ptr() == pool.tensor.data_ptr() + taken.offset
+    assert output.data_ptr() == pool.tensor.data_ptr() + taken.offset == pool.address + ALIGNMENT
     assert torch.equal(pool.tensor[taken.offset : taken.offset + 64], output)
     assert pool.tensor.nbytes == pool.nbytes
 
 
 def test_the_pool_does_not_move_when_it_grows(pool: OutputPool):
-    pool.allocate(1)
+    pool.find_room(1, [])
     address = pool.tensor.data_ptr()
-    pool.allocate(1 << 20)
+    pool.find_room(1 << 20, [])
     assert pool.tensor.data_ptr() == address
 
 
 def test_storages_are_made_once_per_size(pool: OutputPool):
-    taken = pool.allocate(64)
-    seen = {taken.lend(nbytes, LOAN)._cdata for nbytes in (64, 32, 64, 32)}
+    taken = pool.find_room(64, [])
+    seen = {pool.lend(taken, nbytes, LOAN, (1, 0))._cdata for nbytes in (64, 32, 64, 32)}
     assert len(seen) == 2
-    assert taken.lend(32, LOAN).nbytes() == 32
+    assert pool.lend(taken, 32, LOAN, (1, 0)).nbytes() == 32
 
 
 def test_bytes_and_lent_storage_are_the_same_memory(pool: OutputPool):
-    taken = pool.allocate(64)
-    output = output_on(taken, 16)
-    taken.bytes(64).fill_(9)
+    taken = pool.find_room(64, [])
+    output = output_on(pool, taken, 16)
+    fill(pool, taken, 9)
     assert (output == 9).all()
 
 
@@ -286,9 +241,9 @@ HOLDERS: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_whatever_holds_the_storage_keeps_it_alive(pool: OutputPool, holder: str):
-    taken = pool.allocate(64)
+    taken = pool.find_room(64, [])
     assert not taken.is_live()
-    output = output_on(taken, 64)
+    output = output_on(pool, taken, 64)
     kept = HOLDERS[holder](output)
     del output
     assert taken.is_live()
@@ -297,8 +252,8 @@ def test_whatever_holds_the_storage_keeps_it_alive(pool: OutputPool, holder: str
 
 
 def test_an_output_saved_for_backward_is_alive(pool: OutputPool):
-    taken = pool.allocate(16)
-    output = torch.empty(0).set_(taken.lend(16, LOAN), 0, (4,), (1,)).fill_(3.0)
+    taken = pool.find_room(16, [])
+    output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)), 0, (4,), (1,)).fill_(3.0)
     weight = torch.ones(4, requires_grad=True)
     loss = (weight * output).sum()
     del output
@@ -310,101 +265,97 @@ def test_an_output_saved_for_backward_is_alive(pool: OutputPool):
 
 
 def test_a_range_knows_its_loan_and_the_tensors_on_it(pool: OutputPool):
-    taken, other = pool.allocate(64), pool.allocate(64)
-    output = output_on(taken, 64)
-    assert taken.loan == LOAN
-    assert taken.is_lent_to(output)
-    assert taken.is_lent_to(output[3:])
-    assert not taken.is_lent_to(output_on(other, 64))
-    assert not taken.is_lent_to(output.clone())
+    first = pool.find_room(64, [])
+    output = output_on(pool, first, 64)
+    other = output_on(pool, pool.find_room(64, []), 64)
+    assert (first.loan, first.step) == (LOAN, (1, 0))
+    assert pool.holder(output[3:].untyped_storage()) is first
+    assert pool.holder(other.untyped_storage()) is not first
+    assert pool.holder(output.clone().untyped_storage()) is None
 
 
-def test_addresses_outside_of_all_ranges_lead_nowhere(pool: OutputPool):
-    first, second = pool.allocate(1), pool.allocate(1)
-    start = pool.tensor.data_ptr()
-    assert pool.find(start + second.offset) is second
-    pool.free([first])
-    pool.extend(second, 2 * ALIGNMENT)  # ranges that are dead are dropped here
-    assert pool.find(start + 2 * ALIGNMENT) is second
-    assert pool.find(start) is None
-    assert pool.find(start + ALIGNMENT - 1) is None
-    assert pool.find(start - 1) is None
-    assert pool.find(start + pool.nbytes) is None
-    assert pool.find(0) is None
+def test_a_live_output_is_known_when_nobody_else_holds_its_range(pool: OutputPool):
+    output = output_on(pool, pool.find_room(64, []), 64)
+    gc.collect()
+    assert [taken.span for taken in pool.live_ranges()] == [(0, ALIGNMENT)]
+    assert pool.holder(output.untyped_storage()) is pool.live_ranges()[0]
 
 
-def test_the_address_of_a_live_output_leads_to_its_range_after_that_is_freed(pool: OutputPool):
-    taken = pool.allocate(64)
-    output = output_on(taken, 64)
-    pool.free([taken])
-    neighbour = pool.allocate(64)
-    assert pool.find(output.data_ptr()) is taken
-    assert taken.is_lent_to(output)
-    address = output.data_ptr()
+def test_only_overlapping_bytes_are_live(pool: OutputPool):
+    first, second = pool.find_room(64, []), pool.find_room(64, [(0, ALIGNMENT)])
+    long = pool.find_room(3 * ALIGNMENT, [])
+    kept = [output_on(pool, first, 8), output_on(pool, second, 8)]
+    assert pool.live_in(first.span) == [first]
+    assert set(pool.live_in(long.span)) == {first, second}
+    assert pool.live_in((2 * ALIGNMENT, 3 * ALIGNMENT)) == []
+    assert pool.live_in((ALIGNMENT, ALIGNMENT)) == []
+    kept.clear()
+    output = output_on(pool, long, 8)
+    assert pool.live_in(second.span) == [long]
     del output
-    again = pool.allocate(64)
-    assert pool.find(address) is again
-    assert pool.find(address + ALIGNMENT) is neighbour
-
-
-def test_freeing_looks_at_no_range(pool: OutputPool, monkeypatch: pytest.MonkeyPatch):
-    """A finaliser frees ranges at any time, in the midst of a change of the pool's ranges too."""
-    taken, known = pool.allocate(64), pool._ranges
-    with monkeypatch.context() as patch:
-        patch.setattr(OutputRange, "is_live", lambda self: pytest.fail("looked at"))
-        pool.free([taken])
-    assert pool._ranges is known
-    assert known == [taken]
-    assert pool.allocate(64).offset == taken.offset
-    assert len(pool._ranges) == 1
+    assert pool.live_in(second.span) == []
 
 
 @needs_move
 def test_a_moved_output_takes_its_views_along(pool: OutputPool):
-    taken = pool.allocate(64)
-    output = torch.empty(0).set_(taken.lend(64, LOAN), 0, (4, 4), (4, 1))
+    taken = pool.find_room(64, [])
+    output = torch.empty(0).set_(pool.lend(taken, 64, LOAN, (1, 0)), 0, (4, 4), (4, 1))
     output.copy_(torch.arange(16.0).view(4, 4))
     column, expected = output.t()[1], output.clone()
-    taken.move_out()
-    taken.bytes(64).fill_(0xFF)
+    pool.move_out(taken)
+    fill(pool, taken, 0xFF)
     assert torch.equal(output, expected)
     assert torch.equal(column, expected[:, 1])
     output[0, 1] = 50.0
     assert column[0] == 50.0
-    assert pool.find(output.data_ptr()) is None
+    assert pool.holder(output.untyped_storage()) is None
+    assert pool.moved_out == 1
 
 
 @needs_move
 def test_after_moving_out_the_range_is_free_and_can_be_lent_again(pool: OutputPool):
-    taken = pool.allocate(64)
-    first = output_on(taken, 64).fill_(1)
+    taken = pool.find_room(64, [])
+    first = output_on(pool, taken, 64).fill_(1)
     address = first.data_ptr()
-    taken.move_out()
+    pool.move_out(taken)
     assert not taken.is_live()
-    assert taken.loan is None
-    assert not taken.is_lent_to(first)
-    second = output_on(taken, 64).fill_(2)
+    assert (taken.loan, pool.live_in(taken.span)) == (None, [])
+    second = output_on(pool, taken, 64).fill_(2)
     assert second.data_ptr() == address
     assert (first == 1).all()
-    taken.move_out()
+    pool.move_out(taken)
     assert ((first == 1) & (second == 2)).sum() == 64
 
 
 @needs_move
 def test_an_output_moved_in_inference_mode_can_be_used_outside_of_it(pool: OutputPool):
-    taken = pool.allocate(16)
+    taken = pool.find_room(16, [])
     with torch.inference_mode():
-        output = torch.empty(0).set_(taken.lend(16, LOAN), 0, (4,), (1,)).fill_(2.0)
-        taken.move_out()
-        taken.lend(16, LOAN)
-    taken.bytes(16).fill_(0xFF)
-    assert not taken.bytes(16).is_inference()
+        output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)), 0, (4,), (1,)).fill_(2.0)
+        pool.move_out(taken)
+        pool.lend(taken, 16, LOAN, (1, 0))
+    fill(pool, taken, 0xFF)
+    assert not pool.bytes(taken.offset, 16).is_inference()
     assert torch.equal(output, torch.full((4,), 2.0))
+
+
+@pytest.mark.skipif(not can_invalidate(), reason="this torch can neither guard a storage nor move an output")
+def test_an_invalidated_output_raises_with_its_source_line_and_the_cure(pool: OutputPool):
+    taken = pool.find_room(64, [])
+    output = output_on(pool, taken, 64).fill_(1)
+    view = output[8:]
+    pool.invalidate(taken)
+    assert not taken.is_live()
+    again = output_on(pool, taken, 64).fill_(2)
+    for tensor in (output, view):
+        with pytest.raises(RuntimeError, match=r"(?s)model.py:3 in f.*clone"):
+            tensor + 1
+    assert (again == 2).all()
 
 
 def test_a_live_output_outlives_the_pool():
     pool = OutputPool(HostMemory())
-    output = output_on(pool.allocate(64), 64).fill_(7)
+    output = output_on(pool, pool.find_room(64, []), 64).fill_(7)
     del pool
     gc.collect()
     assert (output == 7).all()

@@ -65,20 +65,28 @@ def layout_of(known: Region, outputs: Sequence[Any], args: Sequence[Any] = (), r
     return layout
 
 
-def ranges_for(layout: Layout) -> list[OutputRange]:
-    """Ranges full of 0xFF, and one before them so that none begins where the pool does."""
-    pool = OutputPool(HostMemory())
-    pool.allocate(1)
-    ranges = [pool.allocate(nbytes) for nbytes in layout.range_nbytes]
+def ranges_for(pool: OutputPool, layout: Layout) -> list[OutputRange]:
+    """Ranges full of 0xFF, and room before them so that none begins where the pool does."""
+    taken, ranges = [(0, 1)], []
+    for nbytes in layout.range_nbytes:
+        ranges.append(pool.find_room(nbytes, taken))
+        taken.append(ranges[-1].span)
     pool.tensor.fill_(0xFF)
     return ranges
 
 
+def copied(pool: OutputPool, layout: Layout, outputs: Sequence[Any]) -> list[OutputRange]:
+    """The layout's ranges, with the outputs copied to them."""
+    ranges = ranges_for(pool, layout)
+    memory = [pool.bytes(r.offset, n).untyped_storage() for r, n in zip(ranges, layout.range_nbytes, strict=True)]
+    count = sum(isinstance(e, Pooled) and o.numel() > 0 for e, o in zip(layout.entries, outputs, strict=True))
+    assert copy_out(layout, outputs, memory) == count
+    return ranges
+
+
 def round_trip(outputs: Sequence[Any]) -> list[Any]:
-    layout = layout_of(region(outputs), outputs)
-    ranges = ranges_for(layout)
-    copy_out(layout, outputs, ranges)
-    return make_outputs(layout, ranges, [], "region 3", (1, 0))
+    pool, layout = OutputPool(HostMemory()), layout_of(region(outputs), outputs)
+    return make_outputs(layout, pool, copied(pool, layout, outputs), [], (1, 0))
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -135,9 +143,9 @@ def test_numbers_and_none_come_back():
     layout = layout_of(known, outputs)
     assert layout.entries[0] == Number(7)
     assert layout.entries[2] == Number(None)
-    ranges = ranges_for(layout)
-    copy_out(layout, outputs, ranges)
-    got = make_outputs(layout, ranges, [], "region 3", (1, 0))
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, layout, outputs)
+    got = make_outputs(layout, pool, ranges, [], (1, 0))
     assert (got[0], got[2]) == (7, None)
     assert torch.equal(got[1], outputs[1])
 
@@ -145,39 +153,51 @@ def test_numbers_and_none_come_back():
 def test_outputs_are_no_autograd_views_and_lie_in_the_pool():
     result = torch.randn(4, 4)
     layout = layout_of(region([result]), [result])
-    ranges = ranges_for(layout)
-    copy_out(layout, [result], ranges)
-    (got,) = make_outputs(layout, ranges, [], "region 3", (1, 0))
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, layout, [result])
+    (got,) = make_outputs(layout, pool, ranges, [], (1, 0))
     assert not got._is_view()
-    assert got.data_ptr() == ranges[0].bytes(1).data_ptr()
+    assert got.data_ptr() == pool.address + ranges[0].offset
     assert ranges[0].is_live()
 
 
 def test_copying_out_writes_no_byte_beyond_the_output():
     result = torch.randn(3)
     layout = layout_of(region([result]), [result])
-    ranges = ranges_for(layout)
-    copy_out(layout, [result], ranges)
-    assert (ranges[0].bytes(512)[12:] == 0xFF).all()
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, layout, [result])
+    assert (pool.bytes(ranges[0].offset, 512)[12:] == 0xFF).all()
 
 
 def test_copying_an_output_with_gaps_leaves_the_gaps():
     result = torch.empty_strided((2, 2), (4, 1)).fill_(1.0)
     layout = layout_of(region([result]), [result])
-    ranges = ranges_for(layout)
-    copy_out(layout, [result], ranges)
-    assert (ranges[0].bytes(512)[8:16] == 0xFF).all()
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, layout, [result])
+    assert (pool.bytes(ranges[0].offset, 512)[8:16] == 0xFF).all()
+
+
+def test_results_that_are_there_already_are_not_copied():
+    pool, result = OutputPool(HostMemory()), torch.randn(3)
+    layout = layout_of(region([result]), [result])
+    taken = copied(pool, layout, [result])[0]
+    memory = pool.bytes(taken.offset, 12).untyped_storage()
+    there = torch.empty(0).set_(memory, 0, (3,), (1,))
+    assert copy_out(layout, [there], [memory]) == 0
+    assert torch.equal(there, result)
 
 
 def test_loans_say_which_output_lies_where():
     base = torch.randn(10)
     outputs = [torch.randn(3), base[2:4], base[4:10]]
     layout = layout_of(region(outputs), outputs)
-    ranges = ranges_for(layout)
-    kept = make_outputs(layout, ranges, [], "region 3", (5, -1))
+    pool = OutputPool(HostMemory())
+    ranges = ranges_for(pool, layout)
+    kept = make_outputs(layout, pool, ranges, [], (5, -1))
     loans = [r.loan for r in ranges]
     assert [loan.outputs for loan in loans if loan] == [((0, 0, 12),), ((1, 8, 16), (2, 16, 40))]
-    assert {(loan.region, loan.step) for loan in loans if loan} == {("region 3", (5, -1))}
+    assert {loan.region for loan in loans if loan} == {"region 3 (inference)"}
+    assert {taken.step for taken in ranges} == {(5, -1)}
     assert len(kept) == 3
 
 
@@ -210,7 +230,7 @@ def test_an_argument_that_is_returned_is_the_callers_own_tensor():
     layout = layout_of(region(outputs, static=[1], staged=[0]), outputs, [staged, weight])
     assert layout.entries == (Returned(1, None), Returned(0, None))
     callers = [torch.randn(3), weight]
-    got = make_outputs(layout, [], callers, "region 3", (0, 0))
+    got = make_outputs(layout, OutputPool(HostMemory()), [], callers, (0, 0))
     assert got[0] is weight
     assert got[1] is callers[0]
 
@@ -221,7 +241,7 @@ def test_a_view_of_a_static_input_is_a_view_of_it_and_takes_no_range():
     outputs = [weight.t()[1:]]
     layout = layout_of(region(outputs, static=[0]), outputs, [weight])
     assert layout.range_nbytes == ()
-    (got,) = make_outputs(layout, [], [weight], "region 3", (0, 0))
+    (got,) = make_outputs(layout, OutputPool(HostMemory()), [], [weight], (0, 0))
     assert_same(got, outputs[0])
     assert got.data_ptr() == outputs[0].data_ptr()
 
@@ -230,7 +250,7 @@ def test_a_view_of_a_static_input_as_another_dtype_keeps_that_dtype():
     weight = torch.randn(4)
     outputs = [weight.view(torch.int16)[2:]]
     layout = layout_of(region(outputs, static=[0]), outputs, [weight])
-    (got,) = make_outputs(layout, [], [weight], "region 3", (0, 0))
+    (got,) = make_outputs(layout, OutputPool(HostMemory()), [], [weight], (0, 0))
     assert_same(got, outputs[0])
 
 
@@ -240,11 +260,11 @@ def test_a_view_of_a_staged_input_is_copied_to_the_pool():
     outputs = [buffer[1:]]
     layout = layout_of(region(outputs, staged=[0]), outputs, [buffer])
     assert isinstance(layout.entries[0], Pooled)
-    ranges = ranges_for(layout)
-    copy_out(layout, outputs, ranges)
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, layout, outputs)
     expected = outputs[0].clone()
     buffer.fill_(0)
-    (got,) = make_outputs(layout, ranges, [torch.zeros(4)], "region 3", (0, 0))
+    (got,) = make_outputs(layout, pool, ranges, [torch.zeros(4)], (0, 0))
     assert torch.equal(got, expected)
 
 
@@ -263,10 +283,10 @@ def test_real_rows_are_the_first_of_the_bucket():
     result = torch.randn(8, 3)
     known = region([rows_of(3), N, 2 * N + 1, None])
     bucket = layout_of(known, [result, 8, 17, None], rows=8)
-    ranges = ranges_for(bucket)
-    copy_out(bucket, [result, 8, 17, None], ranges)
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, bucket, [result, 8, 17, None])
     real = layout_at(known, bucket, {N: 5})
-    got = make_outputs(real, ranges, [], "region 3", (0, 0))
+    got = make_outputs(real, pool, ranges, [], (0, 0))
     assert_same(got[0], result[:5])
     assert got[1:] == [5, 11, None]
     assert (bucket.range_nbytes, real.range_nbytes) == ((96,), (60,))
@@ -277,9 +297,9 @@ def test_real_rows_of_a_view_at_an_offset_stay_where_they_are():
     base = torch.randn(8, 4)
     known = region([TensorOutput(torch.float32, (N, sympy.Integer(2)), (sympy.Integer(4), sympy.Integer(1)), None)])
     bucket = layout_of(known, [base[:, 1:3]], rows=8)
-    ranges = ranges_for(bucket)
-    copy_out(bucket, [base[:, 1:3]], ranges)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 3}), ranges, [], "region 3", (0, 0))
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, bucket, [base[:, 1:3]])
+    (got,) = make_outputs(layout_at(known, bucket, {N: 3}), pool, ranges, [], (0, 0))
     assert_same(got, base[:3, 1:3])
 
 
@@ -289,12 +309,12 @@ def test_real_rows_that_are_not_outermost_in_memory_are_copied_to_memory_of_thei
     known = region([TensorOutput(torch.float32, (N, sympy.Integer(3)), stated, None)])
     result = torch.randn(3, 8).t()
     bucket = layout_of(known, [result], rows=8)
-    ranges = ranges_for(bucket)
-    copy_out(bucket, [result], ranges)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), ranges, [], "region 3", (0, 0))
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, bucket, [result])
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), pool, ranges, [], (0, 0))
     assert_same(got, result[:5].t().contiguous().t())
     assert not ranges[0].is_live()
-    (whole,) = make_outputs(layout_at(known, bucket, {N: 8}), ranges, [], "region 3", (0, 0))
+    (whole,) = make_outputs(layout_at(known, bucket, {N: 8}), pool, ranges, [], (0, 0))
     assert_same(whole, result)
     assert ranges[0].is_live()
 
@@ -305,9 +325,9 @@ def test_a_compact_copy_of_an_expanded_result_is_expanded():
     known = region([TensorOutput(torch.float32, (sympy.Integer(2), sympy.Integer(3), N), stated, None)])
     result = torch.randn(3, 8).expand(2, 3, 8)
     bucket = layout_of(known, [result], rows=8)
-    ranges = ranges_for(bucket)
-    copy_out(bucket, [result], ranges)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), ranges, [], "region 3", (0, 0))
+    pool = OutputPool(HostMemory())
+    ranges = copied(pool, bucket, [result])
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), pool, ranges, [], (0, 0))
     assert_same(got, result[0, :, :5].contiguous().expand(2, 3, 5))
 
 
@@ -328,7 +348,9 @@ def test_real_rows_of_a_returned_argument_are_the_argument():
     known = region([rows_of(3)], staged=[0])
     bucket = layout_of(known, [buffer], [buffer], rows=8)
     argument = torch.randn(5, 3)
-    assert make_outputs(layout_at(known, bucket, {N: 5}), [], [argument], "region 3", (0, 0))[0] is argument
+    assert (
+        make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [argument], (0, 0))[0] is argument
+    )
 
 
 def test_real_rows_of_a_view_of_a_static_input():
@@ -336,7 +358,7 @@ def test_real_rows_of_a_view_of_a_static_input():
     table = torch.randn(64, 3)
     known = region([rows_of(3)], static=[0])
     bucket = layout_of(known, [table[:8]], [table], rows=8)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), [], [table], "region 3", (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [table], (0, 0))
     assert_same(got, table[:5])
     assert got.data_ptr() == table.data_ptr()
 
@@ -347,7 +369,7 @@ def test_real_rows_of_a_view_of_a_static_input_keep_offset_and_dtype():
     stride = (sympy.Integer(6), sympy.Integer(1))
     known = region([TensorOutput(torch.int16, (N, sympy.Integer(3)), stride, None)], static=[0])
     bucket = layout_of(known, [halves[:8]], [flat], rows=8)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), [], [flat], "region 3", (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [flat], (0, 0))
     assert_same(got, halves[:5])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from cudagraph_backend.drivers.host import HostMemory
+from cudagraph_backend.output_pool import Loan, OutputPool, can_move_out
 from cudagraph_backend.region import TensorInput
-from cudagraph_backend.staging import StagingBuffers, shape_at, stage, staged_copy
+from cudagraph_backend.staging import Reading, shape_at, stage, staged_copy, write_back
 from cudagraph_backend.strides import Shape, extent
 
 SENTINEL = -7.0
@@ -96,7 +99,7 @@ def untouched(memory: torch.Tensor, bucket: Shape) -> torch.Tensor:
 def test_bucket_holds_real_rows_then_the_fill(case: Padded, fill: str | float):
     memory, buffer = buffer_for(case.bucket)
     before = case.argument.clone()
-    stage([staged_copy(0, buffer, case.real, case.entries, fill)], [case.argument])
+    stage([staged_copy(0, buffer, case.real, case.entries, fill)], (), [case.argument])
     torch.testing.assert_close(buffer, filled_by_index(case, fill), rtol=0, atol=0, equal_nan=True)
     assert (untouched(memory, case.bucket) == SENTINEL).all()
     assert torch.equal(case.argument, before)
@@ -108,7 +111,7 @@ def test_copying_back_gives_the_caller_the_real_rows(case: Padded):
     assume(0 not in case.bucket[1])  # analysis refuses expanded inputs that are written to
     _, buffer = buffer_for(case.bucket)
     copy = staged_copy(0, buffer, case.real, case.entries, "replica")
-    stage([copy], [case.argument])
+    stage([copy], (), [case.argument])
     buffer.copy_(buffer.clone() + 100)  # the region writes in place, padded rows too
     expected = case.argument + 100
     copy.argument(case.argument).copy_(copy.real)
@@ -121,7 +124,7 @@ def test_copying_back_gives_the_caller_the_real_rows(case: Padded):
 def test_overlapping_window_arrives_whole(real: Shape):
     argument = tensor_in_memory(real, offset=1)
     memory, buffer = buffer_for(real)
-    stage([staged_copy(0, buffer, real, (1,) * len(real[0]), "replica")], [argument])
+    stage([staged_copy(0, buffer, real, (1,) * len(real[0]), "replica")], (), [argument])
     assert torch.equal(buffer, argument)
     assert (memory[extent(*real) :] == SENTINEL).all()
 
@@ -131,10 +134,8 @@ def test_overlapping_window_arrives_whole(real: Shape):
 def test_empty_argument_is_staged(size: tuple[int, ...], expanded: bool):
     argument = torch.ones([1] * len(size)).expand(size) if expanded else torch.ones(size)
     real = tuple(argument.shape), argument.stride()
-    buffers = StagingBuffers(torch.device("cpu"))
-    tensor = tensor_input(tuple(map(sympy.Integer, size)), tuple(map(sympy.Integer, real[1])))
-    buffer = buffers.at(tensor, real, real)
-    stage([staged_copy(0, buffer, real, (1,) * len(size), "replica")], [argument])
+    _, buffer = buffer_for(real)
+    stage([staged_copy(0, buffer, real, (1,) * len(size), "replica")], (), [argument])
     assert buffer.shape == argument.shape
 
 
@@ -144,7 +145,7 @@ def test_a_smaller_call_after_a_larger_one_leaves_no_stale_row(fill: str | float
     _, buffer = buffer_for(bucket)
     for rows in (8, 7, 3):
         case = Padded(torch.randn(rows, 2), bucket, (1, 1))
-        stage([staged_copy(0, buffer, case.real, case.entries, fill)], [case.argument])
+        stage([staged_copy(0, buffer, case.real, case.entries, fill)], (), [case.argument])
     torch.testing.assert_close(buffer, filled_by_index(case, fill), rtol=0, atol=0, equal_nan=True)
 
 
@@ -153,7 +154,7 @@ def test_a_smaller_call_after_a_larger_one_leaves_no_stale_row(fill: str | float
 def test_any_dtype_is_staged_and_filled(dtype: torch.dtype, fill: str):
     argument = torch.tensor([[1, 0], [0, 1], [1, 1]]).to(dtype)
     buffer = torch.ones(5, 2).to(dtype)
-    stage([staged_copy(0, buffer, ((3, 2), (2, 1)), (1, 1), fill)], [argument])
+    stage([staged_copy(0, buffer, ((3, 2), (2, 1)), (1, 1), fill)], (), [argument])
     last = [1, 1] if fill == "replica" else [0, 0]
     assert torch.equal(
         buffer.to(torch.complex64), torch.tensor([[1, 0], [0, 1], [1, 1], last, last]).to(torch.complex64)
@@ -167,72 +168,113 @@ def test_every_argument_goes_to_its_own_buffer():
         staged_copy(i, b, (tuple(arguments[i].shape), arguments[i].stride()), (1, 1), "zero")
         for i, b in buffers.items()
     ]
-    stage(copies, arguments)
+    stage(copies, (), arguments)
     assert torch.equal(buffers[0], arguments[0])
     assert torch.equal(buffers[2], arguments[2])
 
 
-# ------------------------------------------------------------------------------------------------ buffers
+def test_padded_rows_of_arguments_read_in_place_are_filled_too():
+    memory = torch.arange(12.0).view(6, 2)
+    copy = staged_copy(0, memory, ((4, 2), (2, 1)), (1, 1), "replica")
+    stage((), [copy], [torch.zeros(4, 2)])
+    assert torch.equal(memory, torch.tensor([[0.0, 1], [2, 3], [4, 5], [6, 7], [6, 7], [6, 7]]))
 
 
-def tensor_input(size: tuple[sympy.Expr, ...], stride: tuple[sympy.Expr, ...], index: int = 0) -> TensorInput:
-    return TensorInput(index, f"arg{index}_1", "staged", False, torch.float32, size, stride)
+def test_only_written_arguments_are_copied_back():
+    buffer, argument = torch.ones(3, 2), torch.zeros(2, 2)
+    write_back([staged_copy(0, buffer, ((2, 2), (2, 1)), (1, 1), "replica")], [argument])
+    assert torch.equal(argument, torch.ones(2, 2))
 
+
+# ------------------------------------------------------------------------------------------------ reading in place
 
 ROWS = sympy.Symbol("s0", integer=True)
-MATRIX = tensor_input((ROWS, sympy.Integer(3)), (sympy.Integer(3), sympy.Integer(1)))
-
-
-def matrix_of(rows: int) -> Shape:
-    return shape_at(MATRIX, {ROWS: rows})
 
 
 def test_shape_at_puts_values_for_symbols():
-    tensor = tensor_input((2 * ROWS, sympy.Integer(3)), (sympy.Integer(3), ROWS))
+    size, stride = (2 * ROWS, sympy.Integer(3)), (sympy.Integer(3), ROWS)
+    tensor = TensorInput(0, "arg0_1", "staged", False, torch.float32, size, stride)
     assert shape_at(tensor, {ROWS: 5}) == ((10, 3), (3, 5))
 
 
-def test_buckets_are_views_of_one_buffer_which_is_made_once():
-    buffers = StagingBuffers(torch.device("cpu"))
-    seen = [buffers.at(MATRIX, matrix_of(rows), matrix_of(8)) for rows in (2, 8, 5)]
-    assert [tuple(view.shape) for view in seen] == [(2, 3), (8, 3), (5, 3)]
-    assert len({view.data_ptr() for view in seen}) == 1
-    assert [buffer.numel() for buffer in buffers.buffers()] == [8 * 3]
+def reading(real: Shape, bucket: Shape, dtype: torch.dtype = torch.float32) -> Reading:
+    return Reading(0, dtype, real, bucket, (1,) * len(real[0]), "replica")
 
 
-def test_inputs_have_a_buffer_each():
-    buffers = StagingBuffers(torch.device("cpu"))
-    first = buffers.at(MATRIX, matrix_of(2), matrix_of(2))
-    second = buffers.at(tensor_input(MATRIX.size, MATRIX.stride, index=1), matrix_of(2), matrix_of(2))
-    first.fill_(1)
-    second.fill_(2)
-    assert (first == 1).all()
-    assert [buffer.numel() for buffer in buffers.buffers()] == [6, 6]
+MAY_STAY = {
+    "all rows are real": (((4, 3), (3, 1)), ((4, 3), (3, 1)), True),
+    "padded rows behind": (((4, 3), (3, 1)), ((8, 3), (3, 1)), True),
+    "columns of a larger tensor": (((4, 3), (8, 1)), ((8, 3), (8, 1)), True),
+    "other strides in the bucket": (((3, 4), (4, 1)), ((3, 8), (8, 1)), False),
+    "padded entries between real ones": (((3, 4), (10, 1)), ((3, 8), (10, 1)), False),
+    "one real row of columns": (((1, 4), (10, 1)), ((1, 8), (10, 1)), True),
+    "transposed": (((3, 4), (1, 3)), ((3, 8), (1, 3)), True),
+    "expanded": (((4, 3), (0, 1)), ((8, 3), (0, 1)), False),
+    "no row": (((0, 3), (3, 1)), ((8, 3), (3, 1)), False),
+    "overlapping windows": (((4, 3), (1, 1)), ((4, 3), (1, 1)), False),
+    "two dims padded": (((4, 3), (3, 1)), ((8, 6), (6, 1)), False),
+}
 
 
-def test_a_buffer_that_is_replaced_stays_for_those_who_read_it():
-    buffers = StagingBuffers(torch.device("cpu"))
-    small = buffers.at(MATRIX, matrix_of(2), matrix_of(2)).fill_(1)
-    large = buffers.at(MATRIX, matrix_of(4), matrix_of(4)).fill_(2)
-    assert (small == 1).all()
-    assert (large == 2).all()
-    assert buffers.at(MATRIX, matrix_of(2), matrix_of(2)).data_ptr() == large.data_ptr()
+@pytest.mark.parametrize("name", MAY_STAY)
+def test_rows_may_stay_where_they_are_if_padding_comes_behind_them(name: str):
+    real, bucket, expected = MAY_STAY[name]
+    assert reading(real, bucket).may_stay == expected
 
 
-def test_a_new_buffer_holds_zeros_never_garbage():
-    assert torch.equal(StagingBuffers(torch.device("cpu")).at(MATRIX, matrix_of(2), matrix_of(8)), torch.zeros(2, 3))
+@pytest.fixture
+def pool() -> OutputPool:
+    return OutputPool(HostMemory())
 
 
-def test_a_buffer_has_the_dtype_of_its_input():
-    half = TensorInput(0, "x", "staged", False, torch.float16, MATRIX.size, MATRIX.stride)
-    assert StagingBuffers(torch.device("cpu")).at(half, matrix_of(2), matrix_of(2)).dtype == torch.float16
+def lent(pool: OutputPool, rows: int, capacity: int) -> torch.Tensor:
+    """An output of ``rows`` × 4 floats, in a range with room for ``capacity`` rows."""
+    taken = pool.find_room(capacity * 16, [(0, 1)])
+    storage = pool.lend(taken, rows * 16, Loan("region 0", ((0, 0, rows * 16),)), (1, 0))
+    return torch.empty(0).set_(storage, 0, (rows, 4), (4, 1)).normal_()
 
 
-def test_a_buffer_made_in_inference_mode_can_be_written_outside_of_it():
+def shape_of(rows: int, width: int = 4) -> Shape:
+    return (rows, width), (4, 1)
+
+
+FOUND: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Reading, bool]] = {
+    "an output": (lambda y: y, reading(shape_of(40), shape_of(64)), True),
+    "an output, nothing padded": (lambda y: y, reading(shape_of(40), shape_of(40)), True),
+    "an output's last rows": (lambda y: y[8:], reading(shape_of(32), shape_of(56)), True),
+    "an output's last columns": (lambda y: y[::, 0:4], reading(shape_of(40), shape_of(64)), True),
+    "more rows than there is room": (lambda y: y, reading(shape_of(40), shape_of(65)), False),
+    "last rows, and no room behind": (lambda y: y[8:], reading(shape_of(32), shape_of(57)), False),
+    "rows with real ones behind": (lambda y: y[:30], reading(shape_of(30), shape_of(32)), False),
+    "rows with real ones behind, nothing padded": (lambda y: y[:30], reading(shape_of(30), shape_of(30)), True),
+    "columns with real ones behind": (lambda y: y[:, :2], reading(shape_of(40, 2), shape_of(64, 2)), False),
+    "not aligned": (lambda y: y.view(-1)[1:157].view(39, 4), reading(shape_of(39), shape_of(39)), False),
+    "memory of its own": (lambda y: y.clone(), reading(shape_of(40), shape_of(64)), False),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_pooled_outputs_are_found_where_padding_harms_nothing(pool: OutputPool, name: str):
+    of, reads, expected = FOUND[name]
+    output = lent(pool, rows=40, capacity=64)
+    found = reads.found_in(pool, of(output))
+    assert (found is not None) == expected
+    assert found is None or pool.holder(output.untyped_storage()) is found
+
+
+def test_an_output_that_was_moved_out_is_not_found(pool: OutputPool):
+    if not can_move_out():
+        pytest.skip("this torch can't exchange the memory of storages")
+    output = lent(pool, 40, 64)
+    pool.move_out(pool.live_ranges()[0])
+    assert reading(shape_of(40), shape_of(64)).found_in(pool, output) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.complex64])
+def test_a_buffer_is_a_view_of_the_pool(pool: OutputPool, dtype: torch.dtype):
+    pool.find_room(4096, [])
     with torch.inference_mode():
-        buffer = StagingBuffers(torch.device("cpu")).at(MATRIX, matrix_of(2), matrix_of(2))
-    argument = torch.randn(2, 3, requires_grad=True)
-    with torch.no_grad():
-        stage([staged_copy(0, buffer, matrix_of(2), (1, 1), "replica")], [argument])
-    assert torch.equal(buffer, argument)
+        buffer = reading(shape_of(3), shape_of(8), dtype).buffer(pool, 512)
+    assert (buffer.dtype, buffer.shape, buffer.stride()) == (dtype, (8, 4), (4, 1))
+    assert buffer.data_ptr() == pool.address + 512
     assert not buffer.is_inference()

@@ -1,18 +1,61 @@
-"""Places: the ranges that a region's calls and buckets share, how they grow, and which graph fits them."""
+"""Places: which calls they can serve, what a call overwrites there, and when a new place or graph is made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import pytest
+import sympy
 import torch
 
-from cudagraph_backend import tree
+from cudagraph_backend import tree as tree_module
 from cudagraph_backend.drivers.host import HostGraph, HostMemory
-from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange, can_move_out
-from cudagraph_backend.tree import CapturedGraph, Place, Ranges
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
+from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange, can_invalidate, can_move_out
+from cudagraph_backend.plan import Bucket, Plan
+from cudagraph_backend.region import Region, SizeInput, TensorInput
+from cudagraph_backend.staging import Reading
+from cudagraph_backend.strides import Shape
+from cudagraph_backend.torch_internals import Shapes
+from cudagraph_backend.tree import Place, Route, Tree
 
 needs_move = pytest.mark.skipif(not can_move_out(), reason="this torch can't exchange the memory of storages")
+LOAN = Loan("region 0 (inference)", ((0, 0, 64),), ("model.py:3 in f: return x * 2",))
+ROW = 512  # bytes of a row of the tests' inputs and outputs
+
+
+def shape(rows: int) -> Shape:
+    return (rows, 128), (128, 1)
+
+
+def region(inputs: int, static: int = 0, mutated: Sequence[int] = ()) -> Region:
+    roles = ["static"] * static + ["staged"] * inputs
+    tensors = [TensorInput(i, f"arg{i}", r, i in mutated, torch.float32, (), ()) for i, r in enumerate(roles)]
+    return Region(
+        number=0,
+        kind="inference",
+        device=torch.device("cpu"),
+        inputs=tuple(tensors),
+        sizes=(SizeInput(static, 0, sympy.Symbol("s0")),),
+        dims=(),
+        counts=(),
+        outputs=(),
+        shapes=Shapes([]),
+        refusal=None,
+        has_effects=False,
+        source_lines=(),
+    )
+
+
+def plan_for(tree: Tree, rows: int = 1, bucket: int | None = None) -> Plan:
+    bucket = bucket or rows
+    readings = [
+        Reading(i.index, torch.float32, shape(rows), shape(bucket), (1, 1), "replica", 0) for i in tree._region.staged
+    ]
+    return Plan((rows,), Bucket((bucket,)), tuple(readings), rows, bucket - rows)
 
 
 @pytest.fixture
@@ -21,214 +64,288 @@ def pool() -> OutputPool:
 
 
 @pytest.fixture
-def place(pool: OutputPool) -> Place:
-    return Place(pool)
+def step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of the current step, to be changed."""
+    number = [1]
+    monkeypatch.setattr(tree_module, "current_step", lambda: (number[0], 0))
+    return number
 
 
-@pytest.fixture
-def unmovable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on torch 2.11: a live output stays where it is."""
-    monkeypatch.setattr(tree, "can_move_out", lambda: False)
-    monkeypatch.setattr(tree, "_SETS", 4)
+def lend(pool: OutputPool, taken: OutputRange, step: int, nbytes: int = ROW) -> torch.Tensor:
+    storage = pool.lend(taken, nbytes, LOAN, (step, 0))
+    return torch.empty(0).set_(storage, 0, *shape(nbytes // ROW)).normal_()
 
 
-def output_on(taken: OutputRange, value: int) -> torch.Tensor:
-    storage = taken.lend(64, Loan("region 0", ((0, 0, 64),), (0, 0)))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (64,), (1,)).fill_(value)
+class Caller:
+    """Calls a region of one output, as ``Replayer`` does, and keeps count of its captures."""
+
+    def __init__(self, pool: OutputPool, step: list[int], inputs: int = 1, static: int = 0, **options: Any):
+        self.pool = pool
+        self.step = step
+        self.tree = Tree(region(inputs, static), pool, Options(**options))
+        self.captures = 0
+
+    def __call__(self, *args: torch.Tensor, rows: int = 1, bucket: int | None = None) -> torch.Tensor | Refusal:
+        plan, listed = plan_for(self.tree, rows, bucket), list(args)
+        where = self.tree.where(plan, listed)
+        self.route = self.tree.route(plan, where, listed)
+        if self.route is None:
+            found = self.tree.new_route(plan, where, listed)
+            if isinstance(found, Refusal):
+                return found
+            if plan.bucket.sizes not in found.place.graphs:
+                if (refusal := self.tree.refused_capture(plan, where, found.place)) is not None:
+                    return refusal
+                needs = [plan.bucket.sizes[0] * ROW]
+                found = self.tree.provide(found, needs, needs)
+                self.tree.add(plan, where, found, HostGraph(lambda: None))
+                self.captures += 1
+            self.route = found
+        return lend(self.pool, self.route.place.outputs[0], self.step[0], rows * ROW)
 
 
-def graph_at(ranges: Ranges, count: int | None = None) -> CapturedGraph:
-    return CapturedGraph(HostGraph(lambda: None), [], ranges[:count])
+def spans(route: Route | None) -> list[tuple[int, int]]:
+    assert route is not None
+    return [*route.place.inputs, *(taken.span for taken in route.place.outputs)]
 
 
-def reserved(place: Place, needs: Sequence[int]) -> Ranges:
-    ranges = place.free_ranges(None)
-    assert ranges is not None
-    place.reserve(ranges, needs)
-    return ranges
+# ------------------------------------------------------------------------------------------------ one place
 
 
-def test_a_new_place_has_no_range_and_takes_no_memory(place: Place, pool: OutputPool):
-    assert place.free_ranges(None) == []
-    assert place.free_ranges(2) == []
-    assert pool.nbytes == 0
+def test_a_place_reads_what_lies_there_and_takes_copies_of_the_rest(pool: OutputPool):
+    place = Place([], ((0, 512), (512, 1536)))
+    readings = [Reading(i, torch.float32, shape(1), shape(1), (1, 1), "replica") for i in range(2)]
+    wide = [readings[0], Reading(1, torch.float32, shape(3), shape(3), (1, 1), "replica")]
+    for where, reads, expected in [
+        ((None, None), readings, True),
+        ((0, None), readings, True),
+        ((0, 512), readings, True),
+        ((0, 512), wide, True),  # where an argument lies, there is room for it
+        ((512, None), readings, False),
+        ((0, None), wide, False),
+    ]:
+        assert place.accepts(reads, where) == expected, where
 
 
-def test_all_calls_of_a_place_get_the_same_ranges(place: Place):
-    ranges = reserved(place, [100, 200])
-    offsets = [r.offset for r in ranges]
-    place.reserve(ranges, [50, 60])
-    assert place.free_ranges(2) is ranges
-    assert [r.offset for r in ranges] == offsets
-    assert [r.nbytes >= need for r, need in zip(ranges, [100, 200], strict=True)] == [True, True]
+def test_copies_may_not_meet_each_other(pool: OutputPool):
+    """Two arguments that were views of one output are read at overlapping places, which copies can't be."""
+    place = Place([], ((0, 1024), (512, 1024)))
+    readings = [Reading(i, torch.float32, shape(2 - i), shape(2 - i), (1, 1), "replica") for i in range(2)]
+    assert place.accepts(readings, (0, 512))
+    assert not place.accepts(readings, (None, None))
 
 
-def test_places_have_ranges_of_their_own(pool: OutputPool):
-    first, second = Place(pool), Place(pool)
-    a, b = reserved(first, [64]), reserved(second, [64])
-    assert a[0].offset + a[0].nbytes <= b[0].offset
+# ------------------------------------------------------------------------------------------------ calls
 
 
-def test_a_region_with_more_outputs_adds_ranges_behind_the_others(place: Place):
-    (first,) = reserved(place, [64])
-    ranges = reserved(place, [64, 64])
-    assert ranges[0] is first
-    assert len(ranges) == 2
+def test_calls_with_equal_addresses_share_a_place(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    for _ in range(3):
+        call(torch.ones(1, 128))
+    assert call.captures == 1
+    assert pool.nbytes == 2 * ROW
 
 
-def test_the_last_range_grows_where_it_stands(place: Place):
-    ranges = reserved(place, [64, 64])
-    before, graph = [r.offset for r in ranges], graph_at(ranges)
-    place.reserve(ranges, [64, 5 * ALIGNMENT])
-    assert [r.offset for r in ranges] == before
-    assert ranges[1].nbytes == 5 * ALIGNMENT
-    assert graph.fits(ranges)
-    assert place.has(graph)
+def test_buckets_share_a_place_whose_room_is_enough(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    for rows in (4, 2, 1, 4, 2):
+        call(torch.ones(rows, 128), rows=rows)
+    assert call.captures == 3
+    assert len(call.tree.places) == 1
 
 
-def test_a_range_with_another_behind_it_moves_and_leaves_its_memory(place: Place, pool: OutputPool):
-    ranges = reserved(place, [64, 64])
-    graph = graph_at(ranges)
-    assert place.has(graph)
-    place.reserve(ranges, [3 * ALIGNMENT, 64])
-    assert [(r.offset, r.nbytes) for r in ranges] == [(2 * ALIGNMENT, 3 * ALIGNMENT), (ALIGNMENT, ALIGNMENT)]
-    assert not place.has(graph)
-    assert pool.allocate(ALIGNMENT).offset == 0
+def test_a_larger_bucket_gets_a_place_of_its_own_and_the_smaller_keeps_its_graph(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    for rows in (1, 4, 1, 4):
+        call(torch.ones(rows, 128), rows=rows)
+    assert call.captures == 2
+    assert pool.nbytes == 8 * ROW  # what the larger one alone would take
 
 
-class FullMemory(HostMemory):
-    """Has room for 1 KiB."""
+def test_feedback_alternates_between_two_ranges(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    x = torch.ones(1, 128)
+    for step[0] in range(20):
+        x = call(x)
+        assert len(call.route.copies) == (step[0] == 0)
+    assert (call.captures, pool.moved_out, pool.nbytes) == (2, 0, 2 * ROW)
 
-    def grow(self, nbytes: int) -> None:
-        if nbytes > 1024:
+
+def test_feedback_of_two_values_alternates_too(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, inputs=2)
+    x, constant = torch.ones(1, 128), torch.ones(1, 128)
+    for step[0] in range(20):
+        x = call(x, constant)
+    assert (call.captures, pool.moved_out, pool.nbytes) == (2, 0, 3 * ROW)
+
+
+def test_an_input_read_in_place_is_never_written(pool: OutputPool, step: list[int]):
+    first, second = Caller(pool, step), Caller(pool, step)
+    x = first(torch.ones(1, 128))
+    for step[0] in range(2, 5):
+        kept = x.clone()
+        y = second(x)
+        assert len(second.route.in_place) == 1
+        assert y.data_ptr() != x.data_ptr()
+        assert torch.equal(x, kept)
+    assert second.captures == 1
+
+
+def test_static_inputs_that_moved_lead_to_another_place(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, static=1)
+    weights = [torch.ones(4), torch.ones(4)]
+    for weight in (*weights, *weights):
+        call(weight, torch.ones(1, 128))
+    assert call.captures == 2
+
+
+def test_captures_that_no_call_uses_come_to_an_end(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, static=1)
+    weights = [torch.ones(4) for _ in range(60)]
+    refused = [isinstance(call(weight, torch.ones(1, 128)), Refusal) for weight in weights]
+    assert refused == [False] * 32 + [True] * 28
+    assert not isinstance(call(weights[-1], torch.ones(1, 128)), Refusal)  # met again, it is captured
+    assert call.captures == 33
+
+
+def test_no_more_graphs_than_max_graphs(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, max_graphs=2)
+    refused = [isinstance(call(torch.ones(rows, 128), rows=rows), Refusal) for rows in (3, 2, 1, 3)]
+    assert refused == [False, False, True, False]
+
+
+# ------------------------------------------------------------------------------------------------ live outputs
+
+
+def test_outputs_of_this_step_are_left_alone(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    kept = [call(torch.ones(1, 128)) for _ in range(5)]
+    assert len({tensor.data_ptr() for tensor in kept}) == 5
+    assert (call.captures, pool.moved_out) == (5, 0)
+    del kept
+    step[0] += 1
+    kept = [call(torch.ones(1, 128)) for _ in range(5)]
+    assert len({tensor.data_ptr() for tensor in kept}) == call.captures == 5
+    assert pool.nbytes == 6 * ROW
+
+
+@needs_move
+def test_outputs_of_earlier_steps_are_moved_out(pool: OutputPool, step: list[int]):
+    call, kept = Caller(pool, step), []
+    for step[0] in range(1, 5):
+        kept.append(call(torch.ones(1, 128)).fill_(step[0]))
+    assert [float(tensor[0, 0]) for tensor in kept] == [1, 2, 3, 4]
+    assert (call.captures, pool.moved_out, pool.nbytes) == (1, 3, 2 * ROW)
+
+
+@needs_move
+def test_an_argument_that_is_read_in_place_is_not_moved_out(pool: OutputPool, step: list[int]):
+    """A longer output at the same address reaches into what the place writes: another place must be found."""
+    call = Caller(pool, step)
+    x = lend(pool, pool.find_room(ROW, []), step[0])
+    call(x)
+    del x
+    step[0] += 1
+    x = lend(pool, pool.find_room(4 * ROW, []), step[0], 4 * ROW)
+    step[0] += 1
+    before, address = x.clone(), x.data_ptr()
+    y = call(x, rows=4)
+    assert x.data_ptr() == address
+    assert torch.equal(x, before)
+    assert y.data_ptr() >= x.data_ptr() + x.nbytes
+
+
+def test_where_outputs_can_not_move_calls_go_elsewhere(pool: OutputPool, step: list[int], monkeypatch):
+    """As on torch 2.11: outputs of earlier steps stay, and after a few the region runs uncaptured."""
+    monkeypatch.setattr(tree_module, "can_move_out", lambda: False)
+    call, kept = Caller(pool, step), []
+    for step[0] in range(1, 5):
+        kept.append(call(torch.ones(1, 128)).fill_(step[0]))
+    step[0] = 5
+    assert isinstance(call(torch.ones(1, 128)), Refusal)
+    assert [float(tensor[0, 0]) for tensor in kept] == [1, 2, 3, 4]
+    del kept[2]
+    assert not isinstance(call(torch.ones(1, 128)), Refusal)
+    assert call.captures == 4
+
+
+@pytest.mark.skipif(not can_invalidate(), reason="this torch can neither guard a storage nor move an output")
+def test_outputs_of_earlier_steps_are_invalidated_if_the_user_wants_it(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, on_overwrite="error")
+    old = call(torch.ones(1, 128))
+    same_step = call(torch.ones(1, 128)).fill_(7)
+    assert torch.equal(old, old.clone())
+    step[0] += 1
+    call(torch.ones(1, 128))
+    with pytest.raises(RuntimeError, match=r"model\.py:3"):
+        old + 1
+    assert (same_step == 7).all()
+
+
+@needs_move
+def test_what_a_backward_may_need_is_not_invalidated(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, on_overwrite="error")
+    call(torch.ones(1, 128))
+    (place,) = call.tree.places
+    saved = Loan("region 0 (forward)", ((0, 0, ROW),), (None,), is_saved=True)
+    storage = pool.lend(place.outputs[0], ROW, saved, (1, 0))
+    tensor = torch.empty(0).set_(storage, 0, *shape(1)).fill_(3)
+    del storage
+    step[0] += 1
+    call(torch.ones(1, 128))
+    assert (tensor == 3).all()
+
+
+@needs_move
+def test_an_argument_of_the_call_is_not_invalidated(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, on_overwrite="error")
+    old = call(torch.ones(2, 128), rows=2).fill_(4)
+    step[0] += 1
+    call(old[:1], rows=1, bucket=2)  # a row with a real one behind is copied
+    assert (old == 4).all()
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+def test_an_input_found_in_many_places_is_copied(pool: OutputPool, step: list[int]):
+    call, kept = Caller(pool, step), []
+    for _ in range(12):
+        taken = pool.find_room(ROW, [(0, 4 * ROW)])
+        kept.append(lend(pool, taken, step[0]))
+        call(kept[-1])
+    assert len(call.route.copies) == 1
+    assert call.captures <= 9
+
+
+def test_a_place_that_was_not_used_for_long_makes_room(pool: OutputPool, step: list[int], monkeypatch):
+    monkeypatch.setattr(tree_module, "_PLACES", 3)
+    monkeypatch.setattr(tree_module, "_IDLE_CALLS", 10)
+    call = Caller(pool, step, static=1)
+    weights = [torch.ones(4) for _ in range(4)]
+    for weight in weights[:3]:
+        call(weight, torch.ones(1, 128))
+    assert isinstance(call(weights[3], torch.ones(1, 128)), Refusal)
+    for _ in range(10):
+        call(weights[2], torch.ones(1, 128))
+    assert not isinstance(call(weights[3], torch.ones(1, 128)), Refusal)
+    assert len(call.tree.places) == 3
+    assert call.tree.graph_count() == 3
+
+
+def test_a_full_pool_is_a_refusal(step: list[int]):
+    class Full(HostMemory):
+        def grow(self, nbytes: int) -> None:
             raise torch.OutOfMemoryError("full")
-        super().grow(nbytes)
+
+    refusal = Caller(OutputPool(Full()), step)(torch.ones(1, 128))
+    assert isinstance(refusal, Refusal)
+    assert "no memory for the output pool: full" in str(refusal)
 
 
-def test_on_a_full_device_the_ranges_stay_as_they_were():
-    place = Place(OutputPool(FullMemory()))
-    ranges = reserved(place, [64, 64])
-    graph = graph_at(ranges)
-    with pytest.raises(torch.OutOfMemoryError):
-        place.reserve(ranges, [2048, 64])
-    assert place.free_ranges(None) is ranges
-    assert [r.nbytes for r in ranges] == [ALIGNMENT, ALIGNMENT]
-    assert place.has(graph)
-
-
-def test_a_dropped_output_frees_its_range(place: Place):
-    ranges = reserved(place, [64])
-    output = output_on(ranges[0], 1)
-    address = output.data_ptr()
-    del output
-    assert place.free_ranges(1) is ranges
-    assert output_on(ranges[0], 2).data_ptr() == address
-
-
-def test_dropped_outputs_are_not_moved(place: Place, monkeypatch: pytest.MonkeyPatch):
-    ranges = reserved(place, [64, 64])
-    monkeypatch.setattr(OutputRange, "move_out", lambda self: pytest.fail("a dead output was moved"))
-    for value in range(10):
-        outputs = [output_on(r, value) for r in ranges]
-        del outputs
-        assert place.free_ranges(None) is ranges
-
-
-@needs_move
-def test_live_outputs_are_moved_out_and_keep_their_values(place: Place):
-    ranges = reserved(place, [64, 64])
-    outputs = [output_on(r, value) for value, r in enumerate(ranges)]
-    assert place.free_ranges(2) is ranges
-    again = [output_on(r, 9) for r in ranges]
-    assert [int(o[5]) for o in (*outputs, *again)] == [0, 1, 9, 9]
-    assert len({o.data_ptr() for o in (*outputs, *again)}) == 4
-
-
-@needs_move
-def test_only_the_ranges_that_will_be_written_are_moved_out_of(place: Place):
-    ranges = reserved(place, [64, 64])
-    first, second = output_on(ranges[0], 1), output_on(ranges[1], 2)
-    address = second.data_ptr()
-    place.free_ranges(1)
-    assert not ranges[0].is_live()
-    assert ranges[1].is_live()
-    assert second.data_ptr() == address
-    assert (int(first[0]), int(second[0])) == (1, 2)
-
-
-@pytest.mark.usefixtures("unmovable")
-def test_where_outputs_can_not_move_another_set_of_ranges_is_used(place: Place):
-    kept, sets = [], []
-    for value in range(4):
-        ranges = reserved(place, [64, 64])
-        sets.append(ranges)
-        kept.append([output_on(r, value) for r in ranges])
-    assert len({r.offset for ranges in sets for r in ranges}) == 8
-    assert place.free_ranges(2) is None
-    assert place.free_ranges(None) is None
-    assert [[int(o[7]) for o in outputs] for outputs in kept] == [[0, 0], [1, 1], [2, 2], [3, 3]]
-
-
-@pytest.mark.usefixtures("unmovable")
-def test_where_outputs_can_not_move_a_set_whose_outputs_are_dropped_is_used_again(place: Place):
-    first = reserved(place, [64])
-    a = output_on(first[0], 1)
-    second = reserved(place, [64])
-    b = output_on(second[0], 2)
-    assert second is not first
-    del a
-    assert place.free_ranges(1) is first
-    assert (b == 2).all()
-
-
-@pytest.mark.usefixtures("unmovable")
-def test_a_graph_belongs_to_its_set(place: Place):
-    first = reserved(place, [64])
-    graph, output = graph_at(first), output_on(first[0], 1)
-    second = reserved(place, [64])
-    assert graph.fits(first)
-    assert not graph.fits(second)
-    assert place.has(graph)
-    assert place.has(graph_at(second))
-    del output
-
-
-@pytest.mark.usefixtures("unmovable")
-def test_a_graph_does_not_fit_ranges_that_are_shorter_than_it_writes(place: Place, pool: OutputPool):
-    """A long range stood at the offset; it moved away, and a short one of another set took the offset."""
-    first = reserved(place, [2 * ALIGNMENT])
-    graph = graph_at(first)  # writes 2 * ALIGNMENT bytes from offset 0
-    pool.allocate(64)
-    place.reserve(first, [4 * ALIGNMENT])
-    output = output_on(first[0], 1)
-    second = reserved(place, [ALIGNMENT])
-    neighbour = pool.allocate(ALIGNMENT)
-    assert (second[0].offset, neighbour.offset) == (0, ALIGNMENT)
-    assert not graph.fits(second)
-    del output
-
-
-def test_a_graph_fits_by_the_ranges_that_it_writes(place: Place):
-    ranges = reserved(place, [64, 64, 64])
-    assert graph_at(ranges, 2).fits(ranges)
-    assert not graph_at(list(reversed(ranges)), 2).fits(ranges)
-    assert not graph_at(ranges, 3).fits(ranges[:2])
-    assert not graph_at(ranges, 1).fits([])
-    assert graph_at([]).fits(ranges)
-
-
-def test_a_place_that_is_gone_gives_its_ranges_back(pool: OutputPool):
-    place = Place(pool)
-    offset = reserved(place, [64])[0].offset
-    del place
-    assert pool.allocate(64).offset == offset
-
-
-def test_a_place_that_is_gone_leaves_live_outputs_alone(pool: OutputPool):
-    place = Place(pool)
-    ranges = reserved(place, [64])
-    output = output_on(ranges[0], 4)
-    del place, ranges
-    taken = pool.allocate(64)
-    taken.bytes(64).fill_(0xFF)
-    assert (output == 4).all()
+def test_output_ranges_keep_clear_of_inputs_and_each_other(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, inputs=3)
+    call(*(torch.ones(1, 128) for _ in range(3)))
+    taken = sorted(spans(call.route))
+    assert all(a_end <= b for (_, a_end), (b, _) in pairwise(taken))
+    assert all(first % ALIGNMENT == 0 for first, _ in taken)

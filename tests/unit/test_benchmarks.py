@@ -1,0 +1,137 @@
+"""The benchmark suite on made-up data: rows and their files, tables, plots, timing, the hand-written runner."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import decode, plots, rows, runners, suite, tables, timing, topics
+from benchmarks.rows import Environment, Row
+from benchmarks.topics import host_cost
+
+WHERE = Environment("NVIDIA H100 80GB HBM3", "1.2", "2.11", "3.6", "3.12", "abc1234", "2026-01-02")
+CPU = torch.device("cpu")
+SERIES = [Row("memory", "hidden", "sharedgraph", "GPU memory", "MiB", 4.0, step=step) for step in (1, 2, 3)]
+RESULTS = [
+    Row("memory", "hidden", "sharedgraph", "GPU memory", "MiB", 4.0, error=1e-3, tolerance=0.1, settings={"layers": 2}),
+    Row("memory", "hidden", "hand-written", "GPU memory", "MiB", 4.5, 4.25, 1234.5, samples=3),
+    Row("memory", "hidden", "hand-written", "graphs", "", 3),
+    rows.left_out("memory", "hidden", "reduce-overhead", "needs CUDA"),
+]
+
+
+def test_rows_survive_json_and_csv(tmp_path: Path):
+    found = [*SERIES, *RESULTS]
+    rows.write_json(tmp_path / "a.json", WHERE, found)
+    rows.write_csv(tmp_path / "a.csv", WHERE, found)
+    assert rows.read_json(tmp_path / "a.json") == (WHERE, found)
+    with (tmp_path / "a.csv").open(encoding="utf-8") as source:
+        lines = list(csv.DictReader(source))
+    assert len(lines) == len(found)
+    assert lines[3]["settings"] == "layers=2"
+    assert {line["gpu"] for line in lines} == {WHERE.gpu}
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(0.05, False), (0.2, True), (math.inf, True), (math.nan, True)])
+def test_a_result_is_wrong_above_the_tolerance(tmp_path: Path, error: float, wrong: bool):
+    row = Row("t", "c", "w", "m", "s", 1.0, error=error, tolerance=0.1)
+    assert row.wrong == wrong
+    rows.write_json(tmp_path / "a.json", WHERE, [row])
+    assert rows.read_json(tmp_path / "a.json")[1][0].wrong == wrong
+
+
+def test_short_name_of_a_gpu():
+    assert WHERE.short_gpu == "h100"
+    assert rows.environment("cpu", "abc").short_gpu == "cpu"
+
+
+def test_tables_show_results_and_leave_series_out(tmp_path: Path):
+    rows.write_json(tmp_path / "memory_h100.json", WHERE, [*SERIES, *RESULTS])
+    (tmp_path / "demo.json").write_text("{}", encoding="utf-8")  # not ours
+    text = tables.of_folder(tmp_path)
+    assert "| hand-written | 4.5 MiB (4.25 to 1234) | 3 |" in text
+    assert "| sharedgraph | 4 MiB |  |" in text
+    assert "- reduce-overhead: needs CUDA" in text
+
+
+def test_a_wrong_result_is_named_in_both_tables():
+    row = Row("t", "c", "w", "m", "s", 1.0, error=1.0, tolerance=0.1)
+    assert "WRONG RESULTS: w, c" in tables.of_topic(WHERE, [row])
+    text = suite.end_table([suite.Outcome("t", 1, 2.0, (row,), ("w, c: off",))])
+    assert "1 problems" in text
+    assert "t: w, c: off" in text
+
+
+@pytest.mark.parametrize("found", [SERIES, RESULTS])
+def test_plots(tmp_path: Path, found: list[Row]):
+    pytest.importorskip("matplotlib")
+    plots.draw(tmp_path / "a.png", WHERE, found)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_spread_and_interleaving():
+    assert timing.spread([1.0, 2.0, 3.0], scale=10) == timing.Spread(20.0, pytest.approx(14), pytest.approx(26), 3)
+    order: list[str] = []
+    measures = {name: (lambda name=name: order.append(name) or 1.0) for name in "ab"}
+    assert timing.interleaved(measures, 2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_times_are_seconds_per_call():
+    for seconds in (timing.enqueue_seconds(lambda: time.sleep(0.01), 3, CPU), timing.wall_seconds(lambda: None, CPU)):
+        assert 0 <= seconds < 0.5
+    assert timing.enqueue_seconds(lambda: time.sleep(0.01), 3, CPU) >= 0.01
+
+
+def test_relative_error():
+    expected = torch.tensor([2.0, -4.0])
+    assert runners.relative_error(torch.tensor([2.0, -3.0]), expected) == 0.25
+    assert runners.relative_error(torch.tensor([math.nan, -4.0]), expected) == math.inf
+    assert runners.relative_error(torch.tensor([2.0]), expected) == math.inf
+
+
+def test_the_random_walk_uses_each_slot_once_and_stays_within_its_bounds():
+    shape = decode.Shape(8, 8, 1, layers=1, vocabulary=8, slots=6, context=4, logits=True)
+    sizes = set()
+    for ids, slots, positions in decode.random_walk(100, shape, CPU, stride=2):
+        sizes.add(len(ids))
+        assert len(set(slots.tolist())) == len(ids) == len(slots)
+        assert 0 <= positions.min() <= positions.max() < shape.context
+        assert slots.max() < shape.slots
+    assert sizes == set(range(1, 7))
+
+
+def test_the_hand_written_runner_sends_padded_rows_to_a_slot_that_nobody_uses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    shape = decode.Shape(8, 8, 2, layers=1, vocabulary=8, slots=4, context=4, logits=True)
+    ours, eager = (decode.build_decoder(shape, CPU, torch.float32) for _ in range(2))
+    runner = runners.HandWritten(runners.Model(ours, decode.first_step(4, shape, CPU), (2, 4), ours.padding))
+    for batch in decode.random_walk(20, shape, CPU, stride=2):
+        torch.testing.assert_close(runner(*batch), eager(*batch))
+    torch.testing.assert_close(ours.layers[0].keys[:-1], eager.layers[0].keys[:-1])
+
+
+def test_every_topic_has_jobs_and_a_limit():
+    for name in topics.NAMES:
+        topic = topics.load(name)
+        assert topic.JOBS
+        assert topic.LIMIT_S > 0
+
+
+def test_a_topic_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        command.main(["nonsense", "--device", "cpu"])
+    assert "'nonsense' is no topic" in capsys.readouterr().err
+
+
+def test_a_topic_on_the_host_driver():
+    found = host_cost.run(host_cost.JOBS[0], topics.Settings(CPU, quick=True))
+    assert {row.way for row in found} >= {"eager", "inductor", "hand-written", "sharedgraph", "raw replay"}
+    assert not any(row.wrong for row in found)
+    assert {row.note for row in found if row.way == "reduce-overhead"} == {"needs CUDA"}
