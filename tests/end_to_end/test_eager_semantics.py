@@ -290,8 +290,8 @@ def test_a_copy_of_an_output_is_one(device):
 # ---- gradients
 
 
-def test_backward_twice_with_retain_graph(device, monkeypatch):
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # else Inductor refuses
+@torch._functorch.config.patch(donated_buffer=False)  # else Inductor refuses
+def test_backward_twice_with_retain_graph(device):
     model = mlp(device)
     f = compiled(model)
     for n in SIZES:
@@ -1025,7 +1025,6 @@ def test_compiled_code_that_is_dropped_frees_its_graphs_and_memory(device):
         drop_first()
         between = sg.stats()
         assert (between.regions, between.graphs) == (before.regions // 2, before.graphs // 2)
-        assert between.staging_bytes <= before.staging_bytes // 2
         torch.testing.assert_close(second(x), x * 3 + 1)
         drop_second()
     after = sg.stats()
