@@ -17,6 +17,7 @@ from cudagraph_backend.outputs import (
     Pooled,
     copy_out,
     detached,
+    handed_back,
     layout_at,
     observed_layout,
     range_nbytes_at,
@@ -106,7 +107,7 @@ def detached_outputs(
 ) -> list[Any]:
     """Answer from a run whose results can't go to the pool: the real rows, in memory of their own."""
     values = table.region.values(plan.sizes)
-    own = {id(value): arg for value, arg in zip(inputs, args, strict=True) if isinstance(value, torch.Tensor)}
+    own = {id(inputs[index]): args[index] for index in handed_back(table.region)}
     outputs: list[Any] = []
     for result, known in zip(results, table.region.outputs, strict=True):
         if id(result) in own:

@@ -126,7 +126,7 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
 
     Outputs that share a storage share a range. Returns a refusal if the run contradicts what the analysis expects.
     """
-    identical = {id(args[i.index]): i.index for i in region.inputs}
+    returned = {id(args[i]): i for i in handed_back(region)}
     static = [(i.index, args[i.index]) for i in region.inputs if i.role == "static"]
     ranges: dict[int, int] = {}
     seen: dict[int, int] = {}
@@ -137,8 +137,8 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
             continue
         if not isinstance(known, TensorOutput) or evaluate_all(known.size, values) != tuple(output.shape):
             return Refusal(f"output {index} has size {tuple(output.shape)}, which the graph does not state")
-        if id(output) in identical:
-            entries.append(Returned(identical[id(output)], None))
+        if id(output) in returned:
+            entries.append(Returned(returned[id(output)], None))
         elif id(output) in seen:
             entries.append(Same(seen[id(output)]))
         elif (view := _view_of_static(output, static)) is not None:
@@ -148,6 +148,15 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
             entries.append(Pooled(ranges.setdefault(storage, len(ranges)), _view_of(output)))
         seen.setdefault(id(output), index)
     return _layout(region, entries)
+
+
+def handed_back(region: Region) -> frozenset[int]:
+    """Indices of the arguments that may be returned as they are: those that the graph says, and those written in place.
+
+    Any other one may come back as well, as memory for an output: what a backward gets is its own, and used again.
+    """
+    stated = {known.argument for known in region.outputs if isinstance(known, TensorOutput)}
+    return frozenset(i.index for i in region.inputs if i.mutated or i.index in stated)
 
 
 def _view_of_static(output: torch.Tensor, static: Sequence[tuple[int, torch.Tensor]]) -> Returned | None:

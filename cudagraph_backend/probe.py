@@ -133,10 +133,13 @@ def _new_buffer(reading: Reading, device: torch.device) -> torch.Tensor:
 
 
 def _with_copies(region: Region, inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """``inputs``, with copies of those that the region would write to though they are the caller's (``args``)."""
+    """``inputs``, with copies of those that the region may write to though they are the caller's (``args``).
+
+    These are the ones it writes in place, and all that are staged: a backward uses their memory for its results.
+    """
     copied = list(inputs)
     for tensor in region.inputs:
-        if tensor.mutated and inputs[tensor.index] is args[tensor.index]:
+        if (tensor.mutated or tensor.role == "staged") and inputs[tensor.index] is args[tensor.index]:
             copied[tensor.index] = _own_copy(args[tensor.index])
     return copied
 

@@ -107,12 +107,17 @@ class DynamicDim:
 
 @dataclass(frozen=True, slots=True)
 class TensorOutput:
-    """A tensor that the region returns. ``stride`` is ``None`` where Inductor does not state it beforehand."""
+    """A tensor that the region returns.
+
+    ``stride`` is ``None`` where Inductor does not state it beforehand. ``argument`` is the index of an argument that is
+    handed back.
+    """
 
     dtype: torch.dtype
     size: tuple[sympy.Expr, ...]
     stride: tuple[sympy.Expr, ...] | None
     source: str | None
+    argument: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

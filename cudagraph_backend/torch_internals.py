@@ -215,8 +215,8 @@ def is_backed(expression: sympy.Expr) -> bool:
 def current_step() -> tuple[int, int]:
     """The step as PyTorch's own trees count it.
 
-    Every outermost compiled call is a step; from the first ``torch.compiler.cudagraph_mark_step_begin()`` on, the process
-    says where steps begin (the second number, which falls). Read from ``cudagraph_trees.get_curr_generation``.
+    Every outermost compiled call is a step; from the first ``torch.compiler.cudagraph_mark_step_begin()`` on, these
+    calls say where steps begin (the second number, which falls). Read from ``cudagraph_trees.get_curr_generation``.
     """
     marked = MarkStepBox.mark_step_counter
     return (0, marked) if marked else (GenerationTracker.generation, 0)

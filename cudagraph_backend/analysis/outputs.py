@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import sympy
@@ -18,15 +19,16 @@ Output: TypeAlias = TensorOutput | sympy.Expr | None
 
 def graph_outputs(graph: Graph) -> tuple[Output, ...]:
     """One record per output, strides not yet known: Inductor chooses them."""
-    return tuple(_output(value) for value in graph.output_node().args[0])
+    arguments = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
+    return tuple(_output(value, arguments) for value in graph.output_node().args[0])
 
 
-def _output(value: Node | int | None) -> Output:
+def _output(value: Node | int | None, arguments: Mapping[Node, int]) -> Output:
     if not isinstance(value, Node):
         return None if value is None else sympy.Integer(value)
     meta = value.meta.get("val")
     if isinstance(meta, torch.Tensor):
-        return TensorOutput(meta.dtype, tuple(map(expr, meta.shape)), None, source_line(value))
+        return TensorOutput(meta.dtype, tuple(map(expr, meta.shape)), None, source_line(value), arguments.get(value))
     return None if meta is None else expr(meta)
 
 
@@ -37,8 +39,6 @@ def with_strides(
     if strides is None or len(strides) != len(outputs):
         return tuple(outputs)
     return tuple(
-        TensorOutput(o.dtype, o.size, tuple(map(shapes.parse, stride)), o.source)
-        if isinstance(o, TensorOutput) and stride is not None
-        else o
+        replace(o, stride=tuple(map(shapes.parse, stride))) if isinstance(o, TensorOutput) and stride is not None else o
         for o, stride in zip(outputs, strides, strict=True)
     )

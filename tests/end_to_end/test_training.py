@@ -65,3 +65,21 @@ def test_input_gradients(device):
         x = torch.randn(n, 8, device=device, requires_grad=True)
         compiled(x).sum().backward()
         torch.testing.assert_close(x.grad, 2 * x)
+
+
+def test_results_in_the_memory_of_saved_activations(device):
+    """A backward may use what its forward saved as memory for a gradient, also where that was copied to be read."""
+    linear = nn.Linear(4, 4, device=device)
+
+    def function(x, y):
+        return linear(x) * y
+
+    compiled = torch.compile(function, backend="sharedgraph")
+    for n in (5, 11, 3):
+        first, second = ([torch.randn(n, 4, device=device, requires_grad=True) for _ in range(2)] for _ in range(2))
+        out = compiled(*first)
+        later = compiled(*second)  # needs the memory that the first forward's activations are in
+        for result, arguments in ((out, first), (later, second)):
+            got = torch.autograd.grad(result.square().sum(), arguments)
+            expected = torch.autograd.grad(function(*arguments).square().sum(), arguments)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -53,6 +53,10 @@ def region(outputs: Sequence[Any], static: Sequence[int] = (), staged: Sequence[
 
 def fixed(tensor: torch.Tensor) -> TensorOutput:
     return TensorOutput(tensor.dtype, tuple(map(expr, tensor.shape)), tuple(map(expr, tensor.stride())), None)
+
+
+def returned(tensor: torch.Tensor, argument: int) -> TensorOutput:
+    return replace(fixed(tensor), argument=argument)
 
 
 def rows_of(width: int, dtype: torch.dtype = torch.float32) -> TensorOutput:
@@ -227,12 +231,29 @@ def test_bytes_needed_are_those_up_to_the_last_entry():
 def test_an_argument_that_is_returned_is_the_callers_own_tensor():
     staged, weight = torch.randn(3), torch.randn(2)
     outputs = [weight, staged]
-    layout = layout_of(region(outputs, static=[1], staged=[0]), outputs, [staged, weight])
+    known = region([returned(weight, 1), returned(staged, 0)], static=[1], staged=[0])
+    layout = layout_of(known, outputs, [staged, weight])
     assert layout.entries == (Returned(1, None), Returned(0, None))
     callers = [torch.randn(3), weight]
     got = make_outputs(layout, OutputPool(HostMemory()), [], callers, (0, 0))
     assert got[0] is weight
     assert got[1] is callers[0]
+
+
+def test_an_output_in_the_memory_of_an_argument_is_not_that_argument():
+    """What a backward gets from its forward is its own, and Inductor's code may return it with its results in it."""
+    buffer = torch.randn(3)
+    layout = layout_of(region([buffer], staged=[0]), [buffer], [buffer])
+    pool = OutputPool(HostMemory())
+    (got,) = make_outputs(layout, pool, copied(pool, layout, [buffer]), [torch.zeros(3)], (0, 0))
+    assert torch.equal(got, buffer)
+
+
+def test_an_argument_that_is_written_in_place_may_come_back():
+    buffer = torch.randn(3)
+    known = region([buffer], staged=[0])
+    known = replace(known, inputs=(replace(known.inputs[0], mutated=True),))
+    assert layout_of(known, [buffer], [buffer]).entries == (Returned(0, None),)
 
 
 def test_a_view_of_a_static_input_is_a_view_of_it_and_takes_no_range():
@@ -345,7 +366,7 @@ def test_the_layout_of_a_larger_bucket_needs_more_bytes():
 
 def test_real_rows_of_a_returned_argument_are_the_argument():
     buffer = torch.randn(8, 3)
-    known = region([rows_of(3)], staged=[0])
+    known = region([replace(rows_of(3), argument=0)], staged=[0])
     bucket = layout_of(known, [buffer], [buffer], rows=8)
     argument = torch.randn(5, 3)
     assert (
@@ -390,7 +411,7 @@ def test_strides_of_a_view_of_a_static_input_are_compared_and_those_of_an_argume
     assert refusal is not None
     assert "output 0 has strides (1, 64) where Inductor states (3, 1)" in refusal.reason
     argument = torch.randn(3, 8).t()
-    known = region([rows_of(3)], staged=[0])
+    known = region([replace(rows_of(3), argument=0)], staged=[0])
     assert stride_refusal(known, layout_of(known, [argument], [argument], rows=8), {N: 8}) is None
 
 
