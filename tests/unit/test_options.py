@@ -128,15 +128,6 @@ def test_options_must_be_a_dict(given: Any):
         parse_options(given)
 
 
-@pytest.mark.parametrize(("name", "value", "other"), [("on_overwrite", "error", "preserve")])
-def test_planned_value_says_that_it_is_not_there_yet(name: str, value: str, other: str):
-    with pytest.raises(NotImplementedError, match="not there yet") as caught:
-        parse_options({name: value})
-    assert repr(name) in str(caught.value)
-    assert repr(value) in str(caught.value)
-    assert repr(other) in str(caught.value)
-
-
 def test_cuda_driver_is_refused_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OptionError, match=r"'driver': got 'cuda'; accepted is .*'host'"):

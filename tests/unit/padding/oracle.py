@@ -13,6 +13,7 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +21,6 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cudagraph_backend import torch_internals
 from cudagraph_backend.analysis.padding import Verdict, masks, prove
 
 Fill = Literal["replica", "zero", "poison", "extreme"]
@@ -121,7 +121,8 @@ def recorded(function: Callable[..., Any], fullgraph: bool = True) -> tuple[Call
     found: list[Region] = []
 
     def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
-        frame = torch_internals.current_frame_id()
+        compile_id = CompileContext.current_compile_id()
+        frame = None if compile_id is None else compile_id.frame_id
         with torch._functorch.config.patch(enable_autograd_cache=False):
             return compile_fx(module, inputs, inner_compile=lambda inner, *_, **__: _recorder(inner, frame, found))
 
