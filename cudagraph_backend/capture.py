@@ -33,11 +33,11 @@ def with_static(inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     return [arg if own is None else own for arg, own in zip_longest(args, inputs)]
 
 
-def run_once(table: Table, inputs: Sequence[Any]) -> Sequence[Any] | Refusal:
+def run_once(table: Table, inputs: Sequence[Any]) -> list[Any] | Refusal:
     """The results of the bucket, or a refusal if there is no memory to run it and nothing was changed yet."""
     try:
         with table.allocations.run({}):
-            return table.device.driver.run_once(lambda: table.run(list(inputs)))
+            return list(table.device.driver.run_once(lambda: table.run(list(inputs))))
     except torch.OutOfMemoryError:
         if table.region.has_effects:
             raise

@@ -54,6 +54,14 @@ class Table:
         """From now on calls of these sizes run the compiled region."""
         self._plans[sizes] = refusal
 
+    def refuse_bucket(self, bucket: Bucket, refusal: Refusal) -> None:
+        """From now on calls of all sizes that the bucket serves run the compiled region; its graphs are dropped."""
+        bucket.refusal = refusal
+        self.tree.drop_graphs(bucket.sizes)
+        for sizes, plan in self._plans.items():
+            if isinstance(plan, Plan) and plan.bucket is bucket:
+                self._plans[sizes] = refusal
+
     def pass_probe(self, plan: Plan) -> None:
         """From now on the plan answers calls."""
         values = self.region.values(plan.bucket.sizes)
@@ -106,6 +114,8 @@ class Table:
         if chosen not in self.buckets and self.tree.is_full():
             return TOO_MANY_GRAPHS
         bucket = self.buckets.setdefault(chosen, Bucket(chosen))
+        if bucket.refusal is not None:
+            return bucket.refusal
         rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
         return Plan(
             sizes,

@@ -16,8 +16,9 @@ Pad = Literal["prove", "probe", "assume", "off"]
 OnOverwrite = Literal["preserve", "error"]
 DriverName = Literal["auto", "cuda", "host", "off"]
 Verify = Literal["off", "capture"]
+Capture = Literal["auto", "always"]
 
-_CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify}
+_CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify, "capture": Capture}
 _MAX_SIZE = 2**31 - 1
 
 
@@ -38,6 +39,8 @@ class Options:
             out (``"preserve"``), or later accesses to it raise (``"error"``), as with PyTorch's own CUDA graph trees.
         driver: ``"cuda"`` captures CUDA graphs, ``"host"`` runs the same machinery on the CPU, ``"auto"`` takes the
             one that fits a region's device, ``"off"`` runs the compiled regions as they are.
+        capture: ``"auto"`` keeps a graph unless replaying it measures slower than the plain call (regions without
+            side effects, on a GPU; never with ``strict``), ``"always"`` keeps all.
         strict: raise ``RefusalError`` where a refusal would be counted.
         max_graphs: the most graphs one region may hold; beyond it the compiled region runs.
         verify: ``"capture"`` makes the probe's test runs for all dims, proven or assumed safe, too.
@@ -49,6 +52,7 @@ class Options:
     fill: Fills = "replica"
     on_overwrite: OnOverwrite = "preserve"
     driver: DriverName = "auto"
+    capture: Capture = "auto"
     strict: bool = False
     max_graphs: int = 512
     verify: Verify = "off"

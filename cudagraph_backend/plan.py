@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 
+from cudagraph_backend.errors import Refusal
 from cudagraph_backend.outputs import Layout
 from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.staging import Reading
@@ -19,12 +20,13 @@ class Bucket:
     """One combination of capture sizes of a region.
 
     ``layout``, of its outputs, is observed at the first capture; ``copied`` of them are copied to their ranges in the
-    graph, as the region does not write them there itself.
+    graph, as the region does not write them there itself. ``refusal`` is why its calls run plain after all.
     """
 
     sizes: Sizes
     layout: Layout | None = None
     copied: int = 0
+    refusal: Refusal | None = None
 
 
 @dataclass(slots=True)

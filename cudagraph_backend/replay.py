@@ -13,9 +13,11 @@ import torch
 from cudagraph_backend import capture, probe
 from cudagraph_backend.devices import Device
 from cudagraph_backend.dispatch import Table
+from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
 from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, layout_at, make_outputs
+from cudagraph_backend.payoff import payoff_refusal
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import shares_memory, stage, write_back
@@ -189,15 +191,29 @@ class Replayer:
         assert plan.layout is not None
         route, failed = provided, None
         try:
-            graph = capture.record(table, plan.bucket, list(results), inputs, route.place)
-            table.tree.add(plan, where, route, graph)
+            graph = capture.record(table, plan.bucket, results, inputs, route.place)
             self.counters.captures += 1
+            table.tree.add(plan, where, route, graph)
+            if (slower := self._slower(table, route, graph, args)) is not None:
+                table.refuse_bucket(plan.bucket, slower)
         except CaptureError as error:
             failed = self._refusal = Refusal(f"capture failed: {error}")
         outputs = self._finish(table, plan, plan.layout, route, args)
         if failed is not None:
             self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs
+
+    def _slower(self, table: Table, route: Route, graph: Graph, args: list[Any]) -> Refusal | None:
+        """Why calls had better run plain, where that can be tried: a backward may use up what it is given."""
+        region, options = self.region, self.options
+        if options.capture == "always" or options.strict or region.has_effects or region.kind == "backward":
+            return None
+
+        def replay() -> None:
+            stage(route.copies, route.in_place, args)
+            graph.replay()
+
+        return payoff_refusal(table.device.driver, lambda: self._compiled(list(args)), replay)
 
     # ---- the way around
 

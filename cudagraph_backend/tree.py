@@ -332,6 +332,11 @@ class Tree:
             routes.append(route)
         self._unused[sizes] = self._unused.get(sizes, 0) + 1
 
+    def drop_graphs(self, sizes: Sizes) -> None:
+        """Those of one bucket."""
+        for place in self.places:
+            place.graphs.pop(sizes, None)
+
     def is_full(self) -> bool:
         return self.graph_count() >= self._options.max_graphs
 

@@ -50,6 +50,9 @@ class Driver(Protocol):
     def capture(self, run: Callable[[], None]) -> Graph:
         """Capture ``run`` without running it. Raises ``CaptureError``, leaving nothing behind, if it can't be."""
 
+    def seconds(self, run: Callable[[], object]) -> float | None:
+        """How long a run takes until it is done on the device; ``None``, and no run, where that tells nothing."""
+
     def join(self) -> None:
         """Let the current stream wait for the one that called last, as all calls share memory."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -187,6 +188,13 @@ class CudaDriver:
             anchor.capture_end()
             self._memory = memory
         return self._memory
+
+    def seconds(self, run: Callable[[], object]) -> float | None:
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def join(self) -> None:
         current = current_stream(self.device)
