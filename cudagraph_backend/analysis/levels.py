@@ -96,7 +96,7 @@ def parts_of(flow: Flow, refused: Refusals) -> dict[Node, int]:
 def _levels(flow: Flow, refused: Refusals, first: int) -> Levels:
     """Capturable are the even levels if ``first`` is 0, the odd ones if it is 1."""
     levels: Levels = {}
-    writes = [node for node in flow.operators if _writes(node)]
+    writes = _writes_at_the_end(flow)
     last_in_order = 0
     for node in flow.operators:
         if node in writes:
@@ -113,8 +113,12 @@ def _levels(flow: Flow, refused: Refusals, first: int) -> Levels:
     return levels
 
 
-def _writes(node: Node) -> bool:
-    return is_operator(node.target) and operator_schema(node.target).is_mutable
+def _writes_at_the_end(flow: Flow) -> list[Node]:
+    """The in-place changes of arguments, with which a graph ends."""
+    is_write = [is_operator(node.target) and operator_schema(node.target).is_mutable for node in flow.operators]
+    if is_write != sorted(is_write):
+        raise CannotSplit("an argument is written before the graph's end")
+    return [node for node, writes in zip(flow.operators, is_write, strict=True) if writes]
 
 
 def _is_light(node: Node, refused: Refusals) -> bool:
@@ -148,9 +152,7 @@ def _sink(flow: Flow, refused: Refusals, levels: Levels) -> None:
 
 
 def _place_writes(flow: Flow, writes: Sequence[Node], refused: Refusals, levels: Levels, first: int) -> None:
-    """In-place changes of arguments end a graph: each is made with its value, after all that reads the argument."""
-    if writes and any(node not in writes for node in flow.operators[flow.operators.index(writes[0]) :]):
-        raise CannotSplit("an argument is written before the graph's end")
+    """An argument is changed where its value is made, but after all that reads it."""
     last_read: Levels = {}
     for node, level in levels.items():
         last_read.update({read: max(level, last_read.get(read, 0)) for read in flow.reads[node]})

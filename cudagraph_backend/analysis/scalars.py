@@ -50,7 +50,8 @@ def _is_scalar(node: Node) -> bool:
 
 def _can_move(node: Node, moved: set[Node], device: torch.device) -> bool:
     is_made = node.op == "placeholder" or node.target in _CONSTANTS or (_is_pointwise(node) and _reads(node) <= moved)
-    return is_made and all(user in moved or _is_on(user, device) for user in node.users)
+    is_read = len(node.users) > 0
+    return is_made and is_read and all(user in moved or _is_on(user, device) for user in node.users)
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -41,7 +41,7 @@ def test_scalars_on_the_cpu_are_moved_only_where_operators_on_the_gpu_read_them(
 
     values = torch.tensor(4.0, dtype=torch.float64), torch.tensor(3.0)
     check(function, lambda n: [torch.randn(n, 8, device=device), *values, weight])
-    assert kinds() == "[.c]"
+    assert kinds() == "[c.]"
 
 
 def test_a_model_with_a_scalar_on_the_cpu_is_captured_whole(device):
