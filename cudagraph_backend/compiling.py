@@ -104,8 +104,9 @@ class RegionCompile:
         except OptionError:
             raise
         except Exception as error:  # whatever it is, the region as a whole is still there
-            level = logging.DEBUG if isinstance(error, CannotSplit) else logging.WARNING
-            log.log(level, "%s is not captured in parts: %s", region.name, error, exc_info=level > logging.DEBUG)
+            level = logging.INFO if isinstance(error, CannotSplit) else logging.WARNING
+            log.log(level, "%s is not captured in parts: %s", region.name, error)
+            log.debug("where that was found", exc_info=True)
             return None
 
     def _compile_parts(self, cut: Split) -> Composition:
@@ -116,9 +117,10 @@ class RegionCompile:
         for number, (part, region) in enumerate(zip(cut.parts, regions, strict=True), start=1):
             region = dataclasses.replace(region, part=(number, len(cut.parts)))
             done.append((region, self._compile_part(part, region, cut, strides)))
-        torch_internals.report_output_strides([strides.get(slot) for slot in cut.results])
         completed = [(complete(region, compiled), compiled) for region, compiled in done]
-        return Composition(cut, [self.replayer(region, code, self._place(region)) for region, code in completed])
+        calls = [self.replayer(region, compiled, self._place(region)) for region, compiled in completed]
+        torch_internals.report_output_strides([strides.get(slot) for slot in cut.results])  # last: the way back is open
+        return Composition(cut, calls)
 
     def _analyse_part(self, part: Part) -> Region:
         static = frozenset(i for i, slot in enumerate(part.reads) if slot in self.static)
