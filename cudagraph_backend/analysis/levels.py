@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -84,13 +85,18 @@ class Flow:
 
 
 def parts_of(flow: Flow, refused: Refusals) -> dict[Node, int]:
-    """The number of each operator's part: as few parts as there can be, whether the first one is captured or not.
+    """The number of each operator's part: so that most are captured, in as few parts as there can be.
 
     Raises:
         CannotSplit: the graph writes in place in a way that ties it together.
     """
     choices = [_numbered(_levels(flow, refused, first), refused) for first in (0, 1)]
-    return min(choices, key=lambda part_of: max(part_of.values(), default=0))
+    return min(choices, key=lambda part_of: _cost(part_of, refused))
+
+
+def _cost(part_of: Mapping[Node, int], refused: Refusals) -> tuple[int, int]:
+    uncaptured = {part_of[node] for node in refused}
+    return sum(part in uncaptured for part in part_of.values()), max(part_of.values(), default=0)
 
 
 def _levels(flow: Flow, refused: Refusals, first: int) -> Levels:
@@ -168,10 +174,15 @@ def _place_writes(flow: Flow, writes: Sequence[Node], refused: Refusals, levels:
 
 
 def _numbered(levels: Levels, refused: Refusals) -> dict[Node, int]:
-    """Each operator's part: adjacent levels of one kind are one part; a level of light operators joins the next one."""
-    used = sorted({level for node, level in levels.items() if not _is_light(node, refused)}) or [0]
+    """Each operator's part: adjacent levels of one kind are one part; a level of light operators joins the next one.
+
+    One operator alone is not worth a graph: to stage, replay and copy takes longer than to run it.
+    """
+    heavy = Counter(level for node, level in levels.items() if not _is_light(node, refused))
+    captured = {level for level, count in heavy.items() if count > 1} - {levels[node] for node in refused}
+    used = sorted(heavy) or [0]
     parts = {used[0]: 0}
     for before, after in itertools.pairwise(used):
-        parts[after] = parts[before] + (after - before) % 2
+        parts[after] = parts[before] + ((before in captured) != (after in captured))
     joined = {level: next((n for n in used if n >= level), used[-1]) for level in levels.values()}
     return {node: parts[joined[level]] for node, level in levels.items()}

@@ -15,7 +15,7 @@ def test_an_operator_on_the_cpu(device):
     def function(x, w):
         y = (x @ w).relu()
         on_cpu = y.cpu().sin() + 1
-        return on_cpu.to(device) @ w, y + 1, on_cpu
+        return (on_cpu.to(device) @ w).relu(), y + 1, on_cpu
 
     stats = check(function, lambda n: [torch.randn(n, 8, device=device), weight])
     assert kinds() == "[c.c]"
@@ -27,7 +27,8 @@ def test_an_operator_on_the_cpu(device):
 def test_an_argument_on_the_cpu(device):
     weight = torch.randn(8, 8, device=device)
     check(
-        lambda x, b, w: (x + b.to(device)) @ w, lambda n: [torch.randn(n, 8, device=device), torch.randn(n, 8), weight]
+        lambda x, b, w: ((x + b.to(device)) @ w).relu(),
+        lambda n: [torch.randn(n, 8, device=device), torch.randn(n, 8), weight],
     )
     assert kinds() == "[.c]"
 
