@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 
 from cudagraph_backend import torch_internals
-from cudagraph_backend.analysis import analyse, complete
-from cudagraph_backend.devices import Device, Devices, driver_refusal
-from cudagraph_backend.errors import OptionError, RefusalError
+from cudagraph_backend.compiling import RegionCompile
+from cudagraph_backend.devices import Device, Devices
+from cudagraph_backend.errors import OptionError
 from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options, parse_options
 from cudagraph_backend.region import Kind, Region
 from cudagraph_backend.replay import Replayer
+from cudagraph_backend.torch_internals import Compiled
 
 
 class Backend:
@@ -57,7 +57,7 @@ class Backend:
 
     def regions(self) -> list[Replayer]:
         """The regions that were compiled or called since the last reset, in the order of compilation."""
-        return sorted(self._replayers, key=lambda replayer: replayer.region.number)
+        return sorted(self._replayers, key=lambda replayer: (replayer.region.number, replayer.region.part or ()))
 
     def register(self, replayer: Replayer) -> None:
         self._replayers.add(replayer)
@@ -94,20 +94,18 @@ class _FrameCompile:
         kind: Kind = "inference" if kwargs.get("is_inference") else "forward"
         if kwargs.get("is_backward"):
             kind = "backward"
-        static = self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ())
-        number = self.backend.next_number()
-        driver = functools.partial(driver_refusal, self.options.driver)
-        region = analyse(gm, example_inputs, kind, static, self.options, number, self.names, driver)
-        inputs = gm.graph.find_nodes(op="placeholder")
-        counts = [inputs[count.index].meta["val"] for count in region.counts]
-        compiled = torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)
-        if not torch_internals.is_compiled_graph(compiled):
-            return compiled  # nothing is computed: it only hands arguments back
-        region = complete(region, compiled)
-        if self.options.strict:
-            _raise_refusals(region)
-        backend = self.backend
-        return torch_internals.boxed(Replayer(region, compiled, self.options, backend.register, backend.device))
+        return RegionCompile(
+            number=self.backend.next_number(),
+            kind=kind,
+            static=self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ()),
+            names=self.names,
+            options=self.options,
+            inductor=kwargs,
+            replayer=self._replayer,
+        ).compile(gm, example_inputs)
+
+    def _replayer(self, region: Region, compiled: Compiled) -> Replayer:
+        return Replayer(region, compiled, self.options, self.backend.register, self.backend.device)
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.
@@ -120,14 +118,6 @@ class _FrameCompile:
             self._static_names = frozenset(names[i] for i in indices)
             return frozenset(indices)
         return frozenset(i for i, name in enumerate(names) if name in self._static_names)
-
-
-def _raise_refusals(region: Region) -> None:
-    if region.refusal is not None:
-        raise RefusalError(f"{region.name} can't be captured: {region.refusal}")
-    for dim in region.dims:
-        if dim.refusal is not None:
-            raise RefusalError(f"{region.name}: dim {dim.name} can't be padded: {dim.refusal}")
 
 
 sharedgraph = Backend()

@@ -126,7 +126,8 @@ class Region:
 
     ``outputs`` holds a ``TensorOutput``, a size expression, or ``None`` per output. ``refusal`` is why the region
     can't be captured at all. ``has_effects``: running it twice is not the same as running it once. ``takes_extremes``:
-    NaN and large floats can't become an index. ``precision``: the largest machine epsilon among its values.
+    NaN and large floats can't become an index. ``precision``: the largest machine epsilon among its values. ``part``:
+    which part of what AOTAutograd handed over it is, and of how many, if it is not all of it.
     """
 
     number: int
@@ -143,10 +144,12 @@ class Region:
     source_lines: tuple[str, ...]
     takes_extremes: bool = True
     precision: float = torch.finfo(torch.float32).eps
+    part: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
-        return f"region {self.number} ({self.kind})"
+        whole = f"region {self.number} ({self.kind})"
+        return whole if self.part is None else "{}, part {} of {}".format(whole, *self.part)
 
     @property
     def static(self) -> list[int]:

@@ -24,7 +24,7 @@ class Stats:
     """Counts since the last reset, over all regions that are alive; memory in bytes, over all devices.
 
     Attributes:
-        regions: compiled regions.
+        regions: compiled regions; each part of one that is not captured whole counts.
         graphs: captured graphs that are held.
         captures: captures made (more than ``graphs`` where a graph was replaced).
         replays: calls that a graph answered, those that captured it included.

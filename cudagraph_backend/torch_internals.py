@@ -19,8 +19,8 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.mutation_guard import GenerationTracker
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import detect_fake_mode
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._guards import TracingContext, detect_fake_mode
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor_prop
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
 
@@ -124,6 +124,66 @@ def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torc
     return types.MethodType(bound, call.__self__)
 
 
+# ------------------------------------------------------------------------------------------------ parts of a region
+
+
+@contextlib.contextmanager
+def compiling_a_part() -> Iterator[list[Any]]:
+    """While a part of a region is compiled: yields the list to which Inductor appends its outputs' strides.
+
+    AOTAutograd reads one such list per region. It also tells Inductor which inputs of a backward region may be
+    overwritten: not here, as they are numbered in the region, and another part may read them.
+    """
+    context = TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    donated = getattr(metadata, "bw_donated_idxs", None)
+    if donated is not None:
+        metadata.bw_donated_idxs = []  # type: ignore[union-attr]
+    try:
+        with TracingContext.report_output_strides() as strides:
+            yield [] if strides is None else strides
+    finally:
+        if donated is not None:
+            metadata.bw_donated_idxs = donated  # type: ignore[union-attr]
+
+
+def retrace_strides(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Let the values of a graph have the strides that follow from those of its inputs.
+
+    What a forward region saves may have other strides than those that its backward was traced with.
+    """
+    inputs = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    pairs = [(v, e) for v, e in zip(inputs, example_inputs, strict=True) if isinstance(v, torch.Tensor)]
+    if any([*map(expr, v.stride())] != [*map(expr, e.stride())] for v, e in pairs):
+        with torch.no_grad():
+            fake_tensor_prop(gm, example_inputs)
+
+
+def report_output_strides(strides: Sequence[Any]) -> None:
+    """Tell AOTAutograd the strides of a region's outputs, as Inductor does of what it compiles; ``None``: as traced."""
+    context = TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        context.output_strides.extend(strides)
+
+
+def visible_outputs(graph: torch.fx.Graph) -> Sequence[int]:
+    """Indices of the outputs whose strides Inductor must keep."""
+    return graph.output_node().meta.get("user_visible_output_idxs", ())
+
+
+def mark_visible(graph: torch.fx.Graph, indices: list[int]) -> None:
+    graph.output_node().meta["user_visible_output_idxs"] = indices
+
+
+def module_of(graph: torch.fx.Graph, whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A module of a part of the graph of ``whole``, with the constants and the sizes' environment of that."""
+    module = torch.fx.GraphModule(whole, graph)
+    module.meta.update(whole.meta)
+    if getattr(whole, "shape_env", None) is not None:
+        module.shape_env = whole.shape_env  # type: ignore[assignment]
+    return module
+
+
 # ------------------------------------------------------------------------------------------------ symbolic sizes
 
 
@@ -199,6 +259,20 @@ def operator_name(target: torch._ops.OpOverload) -> str:
 
 def operator_schema(target: torch._ops.OpOverload) -> torch.FunctionSchema:
     return target._schema
+
+
+def returns_view(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator returns views of an argument, and writes to none."""
+    returns = target._schema.returns
+    return not target._schema.is_mutable and any(r.alias_info is not None for r in returns)
+
+
+def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
+    """The symbols in a number, or in the layout of a tensor."""
+    numbers: list[Any] = [value] if isinstance(value, SYMBOLIC) else []
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        numbers = [*value.shape, *value.stride(), value.storage_offset()]
+    return frozenset().union(*(expr(n).free_symbols for n in numbers))
 
 
 def is_backed(expression: sympy.Expr) -> bool:

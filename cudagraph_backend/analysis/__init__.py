@@ -37,6 +37,7 @@ def analyse(
     number: int,
     names: Sequence[InputName] = (),
     driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
+    known_refusal: Refusal | None = None,
 ) -> Region:
     """What the FX graph of a region says. A dim that needs masks gets them, and the graph an input (``counts``).
 
@@ -44,6 +45,7 @@ def analyse(
         static: the indices of inputs whose address never changes.
         names: what the user's call names the inputs of the Dynamo graph, in their order.
         driver_refusal: why a device has no driver.
+        known_refusal: why the region can't be captured, where that is known before.
 
     Raises:
         OptionError: a number to fill an input's padded rows with does not fit its dtype.
@@ -51,7 +53,7 @@ def analyse(
     graph = module.graph
     devices = devices_of(graph)
     device = next(iter(devices), torch.device("cpu"))
-    refusal = capture_refusal(graph, example_inputs, devices) or driver_refusal(device)
+    refusal = known_refusal or capture_refusal(graph, example_inputs, devices) or driver_refusal(device)
     sizes = size_inputs(example_inputs)
     inputs = tensor_inputs(graph, example_inputs, static, names, options.fill)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def capture_refusal(graph: Graph, example_inputs: Sequence[Any], devices: set[to
     """Why a region must always run as compiled code, or ``None``."""
     return (
         _refused_device(devices, graph)
-        or _refused_input(graph, example_inputs)
+        or input_refusal(graph, example_inputs)
         or next((r for node in graph.nodes if (r := _refused_op(node))), None)
     )
 
@@ -28,6 +29,18 @@ def capture_refusal(graph: Graph, example_inputs: Sequence[Any], devices: set[to
 def devices_of(graph: Graph) -> set[torch.device]:
     """Every device that a value of the graph lives on."""
     return {t.device for node in graph.nodes for t in tensors_of(node)}
+
+
+def main_device(graph: Graph) -> torch.device:
+    """The device that graphs are captured on: if there is a GPU, the one with most of the values."""
+    counts = Counter(t.device for node in graph.nodes for t in tensors_of(node))
+    on_gpu = [device for device, _ in counts.most_common() if device.type == "cuda"]
+    return next(iter((*on_gpu, *counts)), torch.device("cpu"))
+
+
+def op_refusal(node: Node, device: torch.device) -> Refusal | None:
+    """Why an operator can't be part of a graph on ``device``, or ``None``."""
+    return _refused_op(node) or _refused_place(node, device)
 
 
 def tensors_of(node: Node) -> Iterator[torch.Tensor]:
@@ -44,13 +57,15 @@ def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
         return Refusal(
             f"the region mixes devices: {names}", op=str(minority.target) if minority else None, source=source
         )
-    device = next(iter(devices))
-    if device.type not in _CAPTURABLE_DEVICES:
-        return Refusal(f"no graph driver for device {device}")
-    return None
+    return device_refusal(next(iter(devices)))
 
 
-def _refused_input(graph: Graph, example_inputs: Sequence[Any]) -> Refusal | None:
+def device_refusal(device: torch.device) -> Refusal | None:
+    return None if device.type in _CAPTURABLE_DEVICES else Refusal(f"no graph driver for device {device}")
+
+
+def input_refusal(graph: Graph, example_inputs: Sequence[Any]) -> Refusal | None:
+    """Why a graph can't be captured with these arguments, whatever it computes, or ``None``."""
     for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
             continue
@@ -63,6 +78,12 @@ def _refused_input(graph: Graph, example_inputs: Sequence[Any]) -> Refusal | Non
     return None
 
 
+def _refused_place(node: Node, device: torch.device) -> Refusal | None:
+    others = {t.device for value in (node, *node.all_input_nodes) for t in tensors_of(value)} - {device}
+    names = " and ".join(sorted(map(str, {device, *others})))
+    return _refuse(node, f"the region mixes devices: {names}") if others else None
+
+
 def _refused_op(node: Node) -> Refusal | None:
     if node.op in ("placeholder", "output"):
         return None
@@ -73,7 +94,8 @@ def _refused_op(node: Node) -> Refusal | None:
         return _refuse(node, "a higher-order operator may branch on data")
     tags = getattr(node.target, "tags", ())
     # The tag dynamic_output_shape says too little: aten.index has it, and gives such a shape for boolean masks only.
-    if torch.Tag.data_dependent_output in tags or _has_unbacked_size(node):
+    read = (node, *node.all_input_nodes)
+    if torch.Tag.data_dependent_output in tags or any(map(_has_unbacked_size, read)):
         return _refuse(node, "a size or value depends on data")
     if any(tag.name == "cudagraph_unsafe" for tag in tags):
         return _refuse(node, "the operator is tagged unsafe for CUDA graphs")
@@ -82,7 +104,9 @@ def _refused_op(node: Node) -> Refusal | None:
 
 def _has_unbacked_size(node: Node) -> bool:
     for value in leaves(node.meta.get("val")):
-        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+        sizes: tuple[Any, ...] = (value,)
+        if isinstance(value, torch.Tensor):
+            sizes = (*value.shape, *value.stride(), value.storage_offset())
         if any(isinstance(size, SYMBOLIC) and not is_backed(expr(size)) for size in sizes):
             return True
     return False

@@ -59,7 +59,7 @@ def test_values_that_depend_on_data_run_compiled(function, device):
 
     compiled = torch.compile(function, backend="sharedgraph")
     check()
-    assert sg.stats().captures == 0
+    assert sg.stats().captures == 0  # one operator beside is not worth a graph
     assert sum(sg.stats().fallbacks.values()) == 3
     assert "depends on data" in sg.explain()
     assert "test_bad_input.py" in sg.explain()

@@ -5,6 +5,7 @@ from tests.end_to_end.test_fill import *  # noqa: F403
 from tests.end_to_end.test_inputs import *  # noqa: F403
 from tests.end_to_end.test_lifetimes import *  # noqa: F403
 from tests.end_to_end.test_models import *  # noqa: F403
+from tests.end_to_end.test_parts import *  # noqa: F403
 from tests.end_to_end.test_regressions import *  # noqa: F403
 from tests.end_to_end.test_sequences import *  # noqa: F403
 from tests.end_to_end.test_training import *  # noqa: F403

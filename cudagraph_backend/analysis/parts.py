@@ -1,0 +1,217 @@
+"""Parts: a region with operators that can't be captured, cut around them into graphs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from cudagraph_backend.analysis.capturable import op_refusal
+from cudagraph_backend.analysis.inputs import size_inputs
+from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
+from cudagraph_backend.analysis.padding.call import leaves
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.region import SizeInput
+from cudagraph_backend.torch_internals import (
+    SYMBOLIC,
+    expr,
+    is_backed,
+    mark_visible,
+    module_of,
+    symbols_of,
+    visible_outputs,
+)
+
+Value: TypeAlias = "Node | sympy.Symbol"
+"""What parts read: an input or result of the region's graph, or a size that is read from one of its arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A graph of its own, and fake arguments for it.
+
+    ``reads`` and ``makes`` number the values that it takes and returns (see ``Split``). ``refusal`` is why the part
+    can't be captured.
+    """
+
+    module: GraphModule
+    examples: tuple[Any, ...]
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    refusal: Refusal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A region as parts, in the order in which they run.
+
+    Values are numbered: the region's arguments, then ``sizes``, which are read from them, then ``constants`` (numbers
+    and ``None`` among the outputs), then what the parts make. ``results`` are the numbers of the region's outputs.
+    """
+
+    parts: tuple[Part, ...]
+    sizes: tuple[SizeInput, ...]
+    constants: tuple[Any, ...]
+    results: tuple[int, ...]
+
+    def is_read(self, value: int) -> bool:
+        """Whether a part reads a value."""
+        return any(value in part.reads for part in self.parts)
+
+
+def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.device) -> Split | None:
+    """The parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
+
+    The region's own graph stays as it is.
+
+    Raises:
+        CannotSplit: a part would need what it can't be given.
+    """
+    flow = Flow(module.graph)
+    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device)) is not None}
+    part_of = parts_of(flow, refused)
+    count = 1 + max(part_of.values(), default=-1)
+    refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]
+    if all(refusals) or not any(refusals):
+        return None
+    return _Cutter(module, example_inputs, flow, part_of, refusals).split()
+
+
+class _Cutter:
+    """Makes a graph of each part, and numbers the values that go between them."""
+
+    def __init__(
+        self,
+        module: GraphModule,
+        example_inputs: Sequence[Any],
+        flow: Flow,
+        part_of: Mapping[Node, int],
+        refusals: Sequence[Refusal | None],
+    ):
+        self._module = module
+        self._flow = flow
+        self._refusals = refusals
+        self._nodes = [node for node in module.graph.nodes if node.op != "output"]
+        self._results = module.graph.output_node().args[0]
+        self._returned = {value for value in self._results if isinstance(value, Node)}
+        self._part_of = {**part_of, **dict(self._repeated_results(part_of))}
+        self._sizes = tuple(s for s in size_inputs(example_inputs) if s.dim is not None)
+        self._size_values = {s.size: example_inputs[s.index].shape[s.dim] for s in self._sizes}
+        self._given = dict(zip(module.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        self._givers = {expr(n.meta["val"]): n for n in reversed(self._nodes) if self._gives_symbol(n)}
+        self._inside = [self._nodes_inside(index) for index in range(len(refusals))]
+        self._reads = [self._values_read(index) for index in range(len(refusals))]
+        self._read = {value for values in self._reads for value in values}
+
+    def split(self) -> Split:
+        values = [*self._module.graph.find_nodes(op="placeholder"), *(s.size for s in self._sizes)]
+        constants = [value for value in self._results if not isinstance(value, Node)]
+        slots: dict[Any, int] = {value: slot for slot, value in enumerate(values)}
+        first_constant = len(values)
+        count = first_constant + len(constants)
+        parts = []
+        for index, refusal in enumerate(self._refusals):
+            made = [node for node in self._inside[index] if self._is_made(node, index)]
+            slots.update(zip(made, range(count, count + len(made)), strict=True))
+            count += len(made)
+            reads, makes = (tuple(slots[value] for value in some) for some in (self._reads[index], made))
+            parts.append(Part(self._graph(index, made), self._examples(index), reads, makes, refusal))
+        numbers = iter(range(first_constant, first_constant + len(constants)))
+        results = tuple(slots[r] if isinstance(r, Node) else next(numbers) for r in self._results)
+        return Split(tuple(parts), self._sizes, tuple(constants), results)
+
+    def _repeated_results(self, part_of: Mapping[Node, int]) -> Iterator[tuple[Node, int]]:
+        """A view or size that the region returns is computed in one part: where what it reads is made, or the last."""
+        last = len(self._refusals) - 1
+        for node in self._returned:
+            if self._flow.is_repeated(node):
+                yield node, max((part_of[needed] for needed in self._flow.needs[node]), default=last)
+
+    def _gives_symbol(self, node: Node) -> bool:
+        value = node.meta.get("val")
+        is_symbol = isinstance(value, SYMBOLIC) and isinstance(expr(value), sympy.Symbol)
+        return is_symbol and not self._flow.is_repeated(node)
+
+    def _nodes_inside(self, index: int) -> list[Node]:
+        """A part's operators and all that it computes on its own for them, in the order of the graph."""
+        inside = {node for node, part in self._part_of.items() if part == index}
+        waiting = list(inside)
+        while waiting:
+            for node in waiting.pop().all_input_nodes:
+                if self._flow.is_repeated(node) and node not in inside:
+                    inside.add(node)
+                    waiting.append(node)
+        return [node for node in self._nodes if node in inside]
+
+    def _values_read(self, index: int) -> list[Value]:
+        """What a part is given: sizes whose symbols its values have, then inputs of the region and results of parts.
+
+        Inductor's cache knows the sizes of a call from numbers alone, so each is given as one, if a tensor has it too.
+        """
+        inside = self._inside[index]
+        read = {node for user in inside for node in user.all_input_nodes} - set(inside)
+        reads = [node for node in self._nodes if node in read]
+        for node in reads:
+            if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)):
+                raise CannotSplit(f"{node} is neither a tensor nor a size")
+        made = {symbol for node in inside for symbol in _symbols_made(node)}
+        numbers = {expr(node.meta["val"]) for node in reads if isinstance(node.meta["val"], SYMBOLIC)}
+        needed = {symbol for node in (*inside, *reads) for symbol in _symbols(node)} - made - numbers
+        givers = [self._giver(symbol, index, reads) for symbol in sorted(needed, key=str)]
+        return [*(giver for giver in givers if giver is not None), *reads]
+
+    def _giver(self, symbol: sympy.Symbol, index: int, reads: Sequence[Node]) -> Value | None:
+        """What gives a part a size as a number; ``None`` where only the dims of tensors do."""
+        giver = self._givers.get(symbol)
+        if giver is not None and self._part_of.get(giver, -1) < index:
+            return giver
+        if symbol in self._size_values:
+            return symbol
+        tensors = (node.meta["val"] for node in reads if isinstance(node.meta["val"], torch.Tensor))
+        if not any(symbol == expr(size) for tensor in tensors for size in tensor.shape):
+            raise CannotSplit(f"nothing gives a part the size {symbol}")
+        return None
+
+    def _is_made(self, node: Node, index: int) -> bool:
+        """Whether a part hands on a node inside it."""
+        is_own = self._part_of.get(node) == index
+        return is_own and (node in self._returned or (node in self._read and not self._flow.is_repeated(node)))
+
+    def _graph(self, index: int, made: Sequence[Node]) -> GraphModule:
+        graph = Graph()
+        copies: dict[Value, Node] = {}
+        for value in self._reads[index]:
+            copies[value] = graph.placeholder(str(value.target) if _is_argument(value) else str(value))
+            copies[value].meta = self._meta(value)
+        for node in self._inside[index]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in made))
+        # What other parts read must have the strides that their graphs were traced with.
+        visible = {self._results[i] for i in visible_outputs(self._module.graph)} | self._read
+        mark_visible(graph, [i for i, node in enumerate(made) if node in visible])
+        return module_of(graph, self._module)
+
+    def _examples(self, index: int) -> tuple[Any, ...]:
+        return tuple(self._given.get(value, self._meta(value)["val"]) for value in self._reads[index])
+
+    def _meta(self, value: Value) -> dict[str, Any]:
+        if isinstance(value, sympy.Symbol):
+            return {"val": self._size_values[value]}
+        return dict(value.meta) if value.op == "placeholder" else {"val": value.meta["val"]}
+
+
+def _is_argument(value: Value) -> bool:
+    return isinstance(value, Node) and value.op == "placeholder"
+
+
+def _symbols(node: Node) -> frozenset[sympy.Symbol]:
+    return frozenset().union(*map(symbols_of, leaves(node.meta.get("val"))))
+
+
+def _symbols_made(node: Node) -> frozenset[sympy.Symbol]:
+    """Symbols whose values depend on data and are first known when ``node`` has run."""
+    return frozenset(s for s in _symbols(node).difference(*map(_symbols, node.all_input_nodes)) if not is_backed(s))

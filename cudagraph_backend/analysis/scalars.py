@@ -1,0 +1,67 @@
+"""Scalars on the CPU in a region on a GPU: tensors without dims, which operators on a GPU may read but no graph can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from cudagraph_backend.analysis.capturable import tensors_of
+from cudagraph_backend.torch_internals import fake_mode_of, is_operator
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_CONSTANTS = (aten.full.default, aten.scalar_tensor.default)
+
+
+def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
+    """Lets a graph have on ``device`` all scalars on the CPU that nothing but operators there read.
+
+    Returns the indices of inputs among them, which calls of the graph must move.
+    """
+    moved = {node for node in graph.nodes if _is_scalar(node)} if device.type == "cuda" else set()
+    while fixed := {node for node in moved if not _can_move(node, moved, device)}:
+        moved -= fixed
+    for node in moved:
+        if node.target in _CONSTANTS:
+            node.kwargs = {**node.kwargs, "device": device}
+        with fake_mode_of(graph):
+            node.meta["val"] = torch.empty((), dtype=node.meta["val"].dtype, device=device)
+    return frozenset(i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in moved)
+
+
+def moving(call: Callable[[list[Any]], Sequence[Any]], indices: frozenset[int], device: torch.device) -> Any:
+    """``call`` with the arguments at ``indices`` on ``device``."""
+
+    def call_with_moved(args: list[Any]) -> Sequence[Any]:
+        for index in indices:
+            args[index] = args[index].to(device, non_blocking=True)
+        return call(args)
+
+    return call_with_moved
+
+
+def _is_scalar(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim == 0 and value.device.type == "cpu"
+
+
+def _can_move(node: Node, moved: set[Node], device: torch.device) -> bool:
+    is_made = node.op == "placeholder" or node.target in _CONSTANTS or (_is_pointwise(node) and _reads(node) <= moved)
+    is_read = len(node.users) > 0
+    return is_made and is_read and all(user in moved or _is_on(user, device) for user in node.users)
+
+
+def _is_pointwise(node: Node) -> bool:
+    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return is_pointwise or node.target is prims.convert_element_type.default
+
+
+def _reads(node: Node) -> set[Node]:
+    return {read for read in node.all_input_nodes for _ in tensors_of(read)}
+
+
+def _is_on(node: Node, device: torch.device) -> bool:
+    return is_operator(node.target) and {t.device for t in tensors_of(node)} == {device}

@@ -1,0 +1,162 @@
+"""The compilation of one region: analysis, Inductor and the call path, for the region as a whole or for its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from cudagraph_backend import torch_internals
+from cudagraph_backend.analysis import analyse, complete
+from cudagraph_backend.analysis.capturable import device_refusal, input_refusal, main_device
+from cudagraph_backend.analysis.levels import CannotSplit
+from cudagraph_backend.analysis.parts import Part, Split, split
+from cudagraph_backend.analysis.scalars import move_scalars, moving
+from cudagraph_backend.devices import driver_refusal
+from cudagraph_backend.errors import OptionError, Refusal, RefusalError
+from cudagraph_backend.fill import InputName
+from cudagraph_backend.options import Options
+from cudagraph_backend.parts import Composition
+from cudagraph_backend.region import Kind, Region
+from cudagraph_backend.torch_internals import Compiled
+
+log = logging.getLogger("cudagraph_backend")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RegionCompile:
+    """Compiles one region.
+
+    Attributes:
+        number: the region's.
+        static: the indices of inputs whose address never changes.
+        names: what the user's call names the inputs of the Dynamo graph, in their order.
+        inductor: the keyword arguments of Inductor's compile function.
+        replayer: makes the call of a region, from what is known of it and Inductor's code.
+    """
+
+    number: int
+    kind: Kind
+    static: Collection[int]
+    names: Sequence[InputName]
+    options: Options
+    inductor: Mapping[str, Any]
+    replayer: Callable[[Region, Compiled], Compiled]
+
+    def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        """The call of the region, in place of what Inductor's compile function returns."""
+        device = main_device(gm.graph)
+        moved = move_scalars(gm.graph, device) if self._refused_device(device) is None else frozenset()
+        if not moved:
+            return self._compile(gm, example_inputs)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        examples = [inputs[i].meta["val"] if i in moved else example for i, example in enumerate(example_inputs)]
+        static = frozenset(self.static) - moved
+        indices = [i for i in self.inductor.get("static_input_idxs") or () if i not in moved]
+        inductor = {**self.inductor, "static_input_idxs": indices}
+        call = dataclasses.replace(self, static=static, inductor=inductor)._compile(gm, examples)
+        return torch_internals.boxed(moving(call, moved, device))
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        region = self._analyse(gm, example_inputs, self.static)
+        if region.refusal is not None and not self.options.strict:
+            composition = self._in_parts(gm, example_inputs, region)
+            if composition is not None:
+                return torch_internals.boxed(composition)
+        compiled = _inductor(gm, example_inputs, region, self.inductor)
+        if not torch_internals.is_compiled_graph(compiled):
+            return compiled  # nothing is computed: it only hands arguments back
+        region = complete(region, compiled)
+        if self.options.strict:
+            _raise_refusals(region)
+        return torch_internals.boxed(self.replayer(region, compiled))
+
+    def _refused_device(self, device: torch.device) -> Refusal | None:
+        return device_refusal(device) or driver_refusal(self.options.driver, device)
+
+    def _analyse(
+        self, gm: GraphModule, example_inputs: Sequence[Any], static: Collection[int], refusal: Refusal | None = None
+    ) -> Region:
+        driver = functools.partial(driver_refusal, self.options.driver)
+        return analyse(gm, example_inputs, self.kind, static, self.options, self.number, self.names, driver, refusal)
+
+    # ---- parts
+
+    def _in_parts(self, gm: GraphModule, example_inputs: Sequence[Any], region: Region) -> Composition | None:
+        """The call, in parts, of a region that can't be captured as a whole; ``None`` where that isn't possible."""
+        device = main_device(gm.graph)
+        if input_refusal(gm.graph, example_inputs) or self._refused_device(device):
+            return None
+        try:
+            torch_internals.retrace_strides(gm, example_inputs)
+            cut = split(gm, example_inputs, device)
+            return None if cut is None else self._compile_parts(cut)
+        except OptionError:
+            raise
+        except Exception as error:  # whatever it is, the region as a whole is still there
+            level = logging.INFO if isinstance(error, CannotSplit) else logging.WARNING
+            log.log(level, "%s is not captured in parts: %s", region.name, error)
+            log.debug("where that was found", exc_info=True)
+            return None
+
+    def _compile_parts(self, cut: Split) -> Composition:
+        # All are analysed before any is compiled: Inductor bounds sizes, which is no promise of the user's.
+        regions = [self._analyse_part(part) for part in cut.parts]
+        strides: dict[int, Any] = {}
+        done: list[tuple[Region, Compiled]] = []
+        for number, (part, region) in enumerate(zip(cut.parts, regions, strict=True), start=1):
+            region = dataclasses.replace(region, part=(number, len(cut.parts)))
+            done.append((region, self._compile_part(part, region, cut, strides)))
+        completed = [(complete(region, compiled), compiled) for region, compiled in done]
+        calls = [self.replayer(region, compiled) for region, compiled in completed]
+        torch_internals.report_output_strides([strides.get(slot) for slot in cut.results])  # last: the way back is open
+        return Composition(cut, calls)
+
+    def _analyse_part(self, part: Part) -> Region:
+        static = frozenset(i for i, slot in enumerate(part.reads) if slot in self.static)
+        return self._analyse(part.module, part.examples, static, part.refusal)
+
+    def _compile_part(self, part: Part, region: Region, cut: Split, strides: dict[int, Any]) -> Compiled:
+        """Inductor's code for a part; ``strides`` get those of what it makes, for AOTAutograd."""
+        static = self.inductor.get("static_input_idxs") or ()
+        # A tuple, where a region has a list: Inductor's cache must not take a part for a region.
+        indices = tuple(i for i, slot in enumerate(part.reads) if slot in static)
+        outputs = part.module.graph.output_node().args[0]
+        traced = [node.meta["val"] for node in outputs]
+        with torch_internals.compiling_a_part() as reported:
+            compiled = _inductor(part.module, part.examples, region, {**self.inductor, "static_input_idxs": indices})
+        if not torch_internals.is_compiled_graph(compiled):
+            raise CannotSplit("a part computes nothing")
+        stated = torch_internals.output_strides(compiled) or [None] * len(traced)
+        for slot, value, stride in zip(part.makes, traced, stated, strict=True):
+            if cut.is_read(slot) and not _has_strides(value, stride, region):
+                raise CannotSplit(f"Inductor lays out what a part reads with strides {stride}")
+        strides.update(zip(part.makes, reported, strict=False))
+        return compiled
+
+
+def _has_strides(value: Any, stated: Sequence[str] | None, region: Region) -> bool:
+    """Whether Inductor lays out ``value`` as it was traced, which is what the parts that read it count on."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    return stated is not None and [*map(region.shapes.parse, stated)] == [*map(torch_internals.expr, value.stride())]
+
+
+def _inductor(gm: GraphModule, example_inputs: Sequence[Any], region: Region, kwargs: Mapping[str, Any]) -> Any:
+    """Inductor's code for a region, whose graph the analysis may have given more inputs."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    counts = [inputs[count.index].meta["val"] for count in region.counts]
+    return torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)
+
+
+def _raise_refusals(region: Region) -> None:
+    if region.refusal is not None:
+        raise RefusalError(f"{region.name} can't be captured: {region.refusal}")
+    for dim in region.dims:
+        if dim.refusal is not None:
+            raise RefusalError(f"{region.name}: dim {dim.name} can't be padded: {dim.refusal}")

@@ -1,0 +1,387 @@
+"""Regions with operators that can't be captured: captured in the parts around them, with the values of eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import cudagraph_backend as sg
+from cudagraph_backend import sharedgraph, torch_internals
+
+UNSAFE = {"tags": (torch.Tag.cudagraph_unsafe,)}
+SIZES = (5, 7, 30, 3, 17, 7, 2, 30)
+BUCKETS = [8, 32]
+calls: list[torch.Size] = []
+
+
+@torch.library.custom_op("parts_e2e::wave", mutates_args=(), **UNSAFE)
+def wave(x: torch.Tensor) -> torch.Tensor:
+    calls.append(x.shape)
+    return x.sin() * 2
+
+
+@torch.library.custom_op("parts_e2e::wave_backward", mutates_args=(), **UNSAFE)
+def wave_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return grad * x.cos() * 2
+
+
+@torch.library.custom_op("parts_e2e::halves", mutates_args=(), **UNSAFE)
+def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[:, :4].clone(), x[:, 4:].clone()
+
+
+@torch.library.custom_op("parts_e2e::triple", mutates_args=("x",), **UNSAFE)
+def triple(x: torch.Tensor) -> None:
+    x.mul_(3)
+
+
+wave.register_fake(torch.empty_like)
+wave_backward.register_fake(lambda grad, x: torch.empty_like(grad))
+halves.register_fake(lambda x: (x.new_empty(x.shape[0], 4), x.new_empty(x.shape[0], 4)))
+wave.register_autograd(
+    lambda ctx, grad: wave_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.fixture(autouse=True)
+def data_dependent():
+    calls.clear()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        yield
+
+
+@pytest.fixture
+def weight(device) -> torch.Tensor:
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def check(function: Callable, make: Callable[[int], Sequence[torch.Tensor]], sizes=SIZES, **options: Any) -> sg.Stats:
+    """Every call equals eager, and so do its arguments afterwards."""
+    compiled = torch.compile(function, backend="sharedgraph", options={"capture_sizes": BUCKETS, **options})
+    with torch.no_grad():
+        for n in sizes:
+            ours = make(n)
+            eager = [a.clone() for a in ours]
+            for argument in ours:
+                if argument.ndim and argument.shape[0] == n:
+                    torch._dynamo.mark_dynamic(argument, 0)
+            torch.testing.assert_close(compiled(*ours), function(*eager), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    return sg.stats()
+
+
+def kinds() -> str:
+    """The parts in order: ``c`` for a captured one, ``.`` for one that is not; in brackets, for each region."""
+    text = ""
+    for region in (replayer.region for replayer in sharedgraph.regions()):
+        assert region.part is not None
+        text += ("[" if region.part[0] == 1 else "") + (".c"[region.refusal is None])
+        text += "]" if region.part[0] == region.part[1] else ""
+    return text
+
+
+def two(x: torch.Tensor) -> torch.Tensor:
+    """More operators: a part of one is not worth a graph."""
+    return x * 2 + 1
+
+
+STRUCTURES = {
+    "middle": (lambda x, w: (wave((x @ w).relu()) @ w).softmax(-1), "[c.c]"),
+    "two in a row": (lambda x, w: (wave(wave((x @ w).relu())) @ w).relu(), "[c.c]"),
+    "two apart": (lambda x, w: (wave((wave((x @ w).relu()) @ w).relu()) @ w).relu(), "[c.c.c]"),
+    "start": (lambda x, w: (wave(x) @ w).softmax(-1), "[.c]"),
+    "end": (lambda x, w: wave((x @ w).softmax(-1)), "[c.]"),
+    "branch": (lambda x, w: (wave(x @ w), (x @ w).relu() @ w), "[c.]"),
+    "two branches": (lambda x, w: wave((x @ w).relu()) @ w + (wave(x - 1) @ w).relu(), "[c.c]"),
+    "several results": (lambda x, w: [h.relu() @ w[:4] for h in halves((x @ w).relu())], "[c.c]"),
+    "views": (lambda x, w: ((x @ w).t()[2:] + 1, wave((x @ w)[:, 2:6]).t() @ (x @ w).relu() @ w), "[c.c]"),
+    "choice": (lambda x, w: torch.cond((x @ w).sum() > 0, torch.sin, torch.cos, (x @ w,)).relu() @ w, "[c.c]"),
+    "next to nothing": (lambda x, w: (wave(wave((x @ w).relu()) + 1) @ w).relu(), "[c.c]"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_operators_around_one_that_cannot_be_captured(name, device, weight):
+    function, structure = STRUCTURES[name]
+    stats = check(function, lambda n: [torch.randn(n, 8, device=device), weight])
+    assert kinds() == structure
+    captured = structure.count("c")
+    assert stats.graphs == captured * len(BUCKETS)
+    assert stats.replays == captured * len(SIZES)
+    assert stats.rows_padded > 0
+    assert sum(stats.fallbacks.values()) == structure.count(".") * len(SIZES)
+
+
+def test_an_uncapturable_part_runs_once_per_call_at_the_real_size(device, weight):
+    compiled = torch.compile(STRUCTURES["middle"][0], backend="sharedgraph", options={"capture_sizes": BUCKETS})
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 8, device=device)
+            torch._dynamo.mark_dynamic(x, 0)
+            compiled(x, weight)
+    assert calls == [(n, 8) for n in SIZES]
+
+
+def test_the_operator_and_its_line_are_told(device, weight, caplog):
+    def function(x, w):
+        x, w = two(x), two(w)
+        return two(wave(x @ w) @ w)  # the line
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight], sizes=(5, 9, 5))
+    assert sg.stats().fallbacks == {"the operator is tagged unsafe for CUDA graphs": 3}
+    for text in (sg.explain(), caplog.text):
+        assert "part 2 of 3" in text
+        assert "wave(x @ w) @ w)  # the line" in text
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"RefusalError.*wave.*the line"):
+        check(function, lambda n: [torch.randn(n, 8, device=device), weight], strict=True)
+
+
+# ------------------------------------------------------------------------------------------------ what depends on data
+
+
+def test_a_number_read_from_a_tensor(device, weight):
+    def function(x, k, w):
+        most, total = k.max().item(), k.sum().item()
+        return ((x @ w) * most + torch.full((1,), total, device=device)) @ w, most
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), torch.randint(0, 5, (n,), device=device), weight])
+    assert kinds() == "[c.c]"
+
+
+def test_a_size_that_depends_on_data(device, weight):
+    def function(x, w):
+        y = (x @ w).relu()
+        rows = y[:, 0].nonzero().squeeze(-1)
+        return (y + y[rows].sum(0)).softmax(-1) @ w, rows, rows.shape[0]
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight])
+    assert kinds() == "[c.c]"
+
+
+def test_a_value_with_a_size_that_depends_on_data_passes_an_uncapturable_operator(device, weight):
+    def function(x, w):
+        rows = (x @ w)[:, 0].nonzero()
+        z = wave((x @ w).softmax(-1) + rows.shape[0])
+        return x[rows.squeeze(-1)].sum(0) + (z @ w).sum(0), rows.shape[0]
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight])
+    assert "." in kinds()
+
+
+def test_a_view_of_a_size_that_depends_on_data(device, weight):
+    def function(x, k, w):
+        n = k.sum().item()
+        torch._check(n >= 1)
+        torch._check(n < 8)
+        y = x @ w
+        return (y.expand(n, *y.shape).sum(0) @ w).relu(), y[0].narrow(0, 0, n)
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), torch.tensor([1, 0, 2, 1], device=device), weight])
+    assert kinds() == "[c.c]"
+
+
+# ------------------------------------------------------------------------------------------------ effects
+
+
+def test_arguments_and_buffers_are_changed_once(device, weight):
+    def function(x, total, seen, w):
+        y = wave(x @ w)
+        before = x * 3
+        total.add_(y.sum(0))
+        seen += 1
+        x.mul_(2)
+        return (y @ w) + total, before, x
+
+    total, seen = torch.zeros(8, device=device), torch.zeros((), dtype=torch.long, device=device)
+    check(function, lambda n: [torch.randn(n, 8, device=device), total.clone(), seen.clone(), weight])
+    assert kinds() == "[c.c]"
+
+
+def test_a_view_that_is_read_after_the_operator_is_that_of_before_the_change(device, weight):
+    def function(x, w):
+        left, right = x[:, :4], x[:, 4:]
+        y = wave(left @ w[:4])
+        z = (y @ w[:, :4]) * left + right
+        x.add_(1)
+        return z
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight])
+    assert kinds() == "[c.c]"
+
+
+class Cached(nn.Module):
+    """A key-value cache that is written at a position, read by an operator that can't be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(40, 8, 4))
+        self.proj, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, slots, position):
+        self.cache[slots, position] = self.proj(x)
+        return self.out(wave(self.cache[slots].sum(1))).relu()
+
+
+def test_a_cache(device):
+    ours = Cached().to(device)
+    eager = copy.deepcopy(ours)
+    compiled = torch.compile(ours, backend="sharedgraph")
+    with torch.no_grad():
+        for step, n in enumerate(SIZES):
+            slots = torch.randperm(40, device=device)[:n]
+            arguments = torch.randn(n, 4, device=device), slots, torch.full((n,), step % 8, device=device)
+            torch.testing.assert_close(compiled(*arguments), eager(*arguments), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.cache, eager.cache)
+    assert kinds().endswith("[c.c]")
+    assert sg.stats().replays == 2 * len(SIZES)
+
+
+def test_an_operator_that_writes(device, weight):
+    def function(x, w):
+        y = two(x @ w)
+        triple(y)
+        triple(x)
+        return (y @ w).relu() + x
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight])
+    assert kinds() == "[c.c]"
+
+
+def test_random_numbers_are_drawn_in_order(device, weight):
+    """Compared with Inductor: on a GPU it draws other numbers than eager."""
+
+    def function(x, w):
+        y = wave(torch.rand_like(x) + x) @ w
+        z = wave(torch.rand_like(y) * y)
+        return z * torch.rand_like(x)
+
+    inductor = {"fallback_random": True}
+    ours = torch.compile(function, backend="sharedgraph", options={"inductor": inductor})
+    theirs = torch.compile(function, options=inductor)
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 8, device=device)
+            results = []
+            for call in (theirs, ours):
+                torch.manual_seed(n)
+                results.append((call(x, weight), torch.rand(3, device=device)))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert kinds().endswith("[c.c.c]")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Trained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps += 1
+        return self.last(self.norm(wave(self.first(x).relu())))
+
+
+def train(model: Callable, parameters: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    grads = []
+    for n in SIZES:
+        x = torch.randn(n, 8, device=device, requires_grad=True)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), torch.randn(n, 4, device=device)).backward()
+        grads += [x.grad, *(p.grad.clone() for p in parameters)]
+        optimizer.step()
+    return grads
+
+
+def test_training(device):
+    ours = Trained().to(device)
+    eager = copy.deepcopy(ours)
+    grads = train(torch.compile(ours, backend="sharedgraph"), list(ours.parameters()), device)
+    torch.testing.assert_close(grads, train(eager, list(eager.parameters()), device), rtol=1e-4, atol=1e-5)
+    assert ours.steps == eager.steps == len(SIZES)
+    assert kinds() == "[c.c]" * 4  # forward and backward, of a fixed and of any batch size
+    statics = [i for r in sharedgraph.regions() for i in r.region.inputs if i.role == "static"]
+    assert statics
+    stats = sg.stats()
+    assert stats.replays == 4 * len(SIZES)
+    assert stats.rows_padded > 0
+
+
+def test_a_second_compilation_finds_all_parts_in_the_cache(device):
+    """Inductor's cache checks guards on sizes when it finds an entry: each part must be given what they need."""
+    ours = Trained().to(device)
+    results = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        fresh = copy.deepcopy(ours)
+        results.append(train(torch.compile(fresh, backend="sharedgraph"), list(fresh.parameters()), device))
+        assert kinds() == "[c.c]" * 4
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 8
+    torch.testing.assert_close(*results)
+
+
+# ----------------------------------------------------------------------------------------------- outputs and failures
+
+
+def test_outputs_of_every_kind(device, weight):
+    def function(x, w):
+        y = two(x @ w)
+        z = wave(y)
+        return x, None, 3, y, two(z @ w), y, x.shape[0] * 2, x.t(), y.view(-1, 2, 4)[:, 1], z[1:], w[0]
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight], sizes=(5, 7, 30, 3, 7))
+    assert kinds() == "[c.c]"
+
+
+def test_outputs_stay_as_they_were_returned(device, weight):
+    function = STRUCTURES["branch"][0]
+    compiled = torch.compile(function, backend="sharedgraph")
+    kept = []
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 8, device=device)
+            kept.append((compiled(x, weight), function(x, weight)))
+    for ours, eager in kept:
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_after_a_reset(device, weight):
+    function = STRUCTURES["middle"][0]
+    compiled = torch.compile(function, backend="sharedgraph")
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 8, device=device)
+            torch.testing.assert_close(compiled(x, weight), function(x, weight), rtol=1e-4, atol=1e-4)
+            sg.reset()
+        compiled(x, weight)
+    assert kinds() == "[c.c]"
+
+
+def test_a_part_that_does_not_compile(device, weight, monkeypatch, caplog):
+    """The region is compiled whole then, and runs uncaptured."""
+    compile_region, compilations = torch_internals.compile_region, []
+
+    def fail_once(gm, example_inputs, **kwargs):
+        compilations.append(gm)
+        if len(compilations) == 2:
+            raise RuntimeError("no code for this part")
+        return compile_region(gm, example_inputs, **kwargs)
+
+    monkeypatch.setattr(torch_internals, "compile_region", fail_once)
+    stats = check(STRUCTURES["middle"][0], lambda n: [torch.randn(n, 8, device=device), weight])
+    assert len(compilations) == 3
+    assert "no code for this part" in caplog.text
+    assert (stats.regions, stats.graphs) == (1, 0)
+    assert stats.fallbacks == {"the operator is tagged unsafe for CUDA graphs": len(SIZES)}

@@ -1,0 +1,314 @@
+"""Parts: where a graph is cut, what goes from part to part, how long it lives, and scalars that move to a GPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
+from cudagraph_backend.analysis.parts import Part, Split, split
+from cudagraph_backend.analysis.scalars import move_scalars, moving
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.parts import Composition
+
+aten = torch.ops.aten
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@torch.library.custom_op("parts_unit::wave", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def wave(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+wave.register_fake(torch.empty_like)
+
+
+def two(x: Any) -> Any:
+    """Two operators: a part of one is not worth a graph."""
+    return x * 2 + 1
+
+
+def parts(model: Callable[..., Any], *args: Any, dynamic: bool = True) -> list[Part]:
+    """The parts of the region that AOTAutograd hands over for a call; running them in turn gives the model's result."""
+    return list(cut(model, *args, dynamic=dynamic)[0].parts)
+
+
+def cut(model: Callable[..., Any], *args: Any, dynamic: bool = True) -> tuple[Split, GraphModule]:
+    seen: list[tuple[Split | None, GraphModule]] = []
+
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        code = gm.code
+        seen.append((split(gm, example_inputs, CPU), gm))
+        assert gm.code == code, "the region's own graph has changed"
+        made = seen[-1][0]
+        if made is None:
+            return gm.forward
+        composition = Composition(made, [lambda args, part=part: part.module(*args) for part in made.parts])
+        return lambda *args: composition(list(args))
+
+    torch._dynamo.reset()
+    decompositions = select_decomp_table()
+    backend = aot_autograd(fw_compiler=keep, decompositions=decompositions, keep_inference_input_mutations=True)
+    expected = model(*(a.clone() for a in args))
+    with torch.no_grad():
+        result = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    torch.testing.assert_close(result, expected)
+    assert seen[0][0] is not None
+    return seen[0]
+
+
+def operators(part: Part) -> list[str]:
+    called = [n.target for n in part.module.graph.nodes if n.op == "call_function"]
+    return [str(target).split(".")[-2] for target in called if isinstance(target, torch._ops.OpOverload)]
+
+
+def inputs(part: Part) -> list[str]:
+    return [str(n.target) for n in part.module.graph.find_nodes(op="placeholder")]
+
+
+def test_operators_go_as_far_forward_as_what_they_read_allows():
+    def model(x):
+        y = x + 1
+        return wave(y) * 2 + y.relu()
+
+    first, unsafe, second = parts(model, torch.randn(6, 4))
+    assert operators(first) == ["add", "relu"]
+    assert operators(unsafe) == ["wave"]
+    assert operators(second) == ["mul", "add"]
+    assert [part.refusal is None for part in (first, unsafe, second)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (lambda x: two(wave(wave(x))), 2),
+        (lambda x: wave(two(x)), 2),
+        (lambda x: two(wave(x)) + wave(two(x)), 3),
+        (lambda x: two(wave(two(wave(two(x))))), 5),
+        (lambda x: (two(x), wave(x)), 2),
+        (lambda x: two(wave(x.t()[:2])[1:].t() + x.shape[0]), 2),  # views and sizes are no part
+        (lambda x: two(wave(wave(two(x)) + 1)), 3),  # nor is one operator
+    ],
+)
+def test_there_are_as_few_parts_as_possible(model: Callable[..., Any], count: int):
+    assert len(parts(model, torch.randn(6, 4))) == count
+
+
+def test_a_graph_of_one_kind_is_not_cut():
+    for model in (lambda x: x + 1, wave):
+        with pytest.raises(AssertionError):
+            cut(model, torch.randn(6, 4))
+
+
+def test_views_and_constants_are_computed_by_every_part_that_reads_them():
+    def model(x):
+        y = x @ x
+        return wave(two(y).t()) * y.t() * torch.full((), 3.0) + torch.arange(5)
+
+    first, unsafe, second = parts(model, torch.randn(5, 5), dynamic=False)
+    assert [[n.name for n in p.module.graph.output_node().args[0]] for p in (first, unsafe)] == [
+        ["mm", "add"],
+        ["wave"],
+    ]
+    assert operators(unsafe).count("permute") == operators(second).count("permute") == 1
+    assert inputs(second) == ["mm", "wave"]
+    assert "iota" in operators(second)
+
+
+def test_what_reads_arguments_alone_is_computed_where_it_is_read():
+    """Autocast casts all weights first; they would all be handed from part to part."""
+    first, _, second = parts(lambda x, w: wave(two(x)) @ w.float(), torch.randn(6, 4), torch.randn(4, 4).double())
+    assert operators(first) == ["mul", "add"]
+    assert "mm" in operators(second)
+    assert len(operators(second)) > 1
+
+
+def test_parts_are_given_the_sizes_in_their_graphs():
+    split_, gm = cut(lambda x: two(wave(two(x)).reshape(-1)), torch.randn(6, 4))
+    symbols = [n.name for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta["val"], torch.SymInt)]
+    for part in split_.parts:
+        assert set(inputs(part)[: len(symbols)]) == set(symbols)
+
+
+def test_a_size_that_no_number_gives_is_read_from_an_argument():
+    split_, gm = cut(lambda x: two(wave(two(x))), torch.randn(6, 4))
+    tensor = gm.graph.find_nodes(op="placeholder")[-1]
+    assert split_.sizes == ()
+    for number in gm.graph.find_nodes(op="placeholder")[:-1]:
+        number.replace_all_uses_with(tensor, propagate_meta=False)
+        gm.graph.erase_node(number)
+    made = split(gm, [tensor.meta["val"]], CPU)
+    assert made is not None
+    assert [(s.index, s.dim) for s in made.sizes] == [(0, 0), (0, 1)]
+    composition = Composition(made, [lambda args, part=part: part.module(*args) for part in made.parts])
+    x = torch.randn(9, 3)
+    torch.testing.assert_close(composition([x]), [two(two(x).sin())])
+
+
+def test_a_write_is_made_with_its_value_after_all_reads():
+    def model(x, y):
+        result = two(wave(two(wave(y) + x)) * x)
+        x.copy_(y * 2)
+        return result
+
+    made = parts(model, torch.randn(6, 2), torch.randn(6, 2))
+    writing = [i for i, part in enumerate(made) if "copy_" in operators(part)]
+    assert writing == [len(made) - 1]  # it reads `x`, too
+    made = parts(lambda x, y: (two(wave(two(wave(two(x + y))))), x.add_(1))[0], torch.randn(6, 2), torch.randn(6, 2))
+    assert ["copy_" in operators(part) for part in made] == [True, False, False, False, False]
+
+
+def graph_of(*targets: Any) -> tuple[Graph, list[Node]]:
+    """A chain of operators on one input."""
+    graph, nodes = Graph(), []
+    value = graph.placeholder("x")
+    value.meta["val"] = torch.empty(3)
+    for target in targets:
+        value = graph.call_function(target, (value, *([2] if target is aten.add.Tensor else [])))
+        value.meta["val"] = torch.empty(3)
+        nodes.append(value)
+    graph.output((value,))
+    return graph, nodes
+
+
+def test_a_write_in_the_middle_is_not_cut():
+    graph, nodes = graph_of(aten.relu_.default, aten.sin.default)
+    with pytest.raises(CannotSplit, match="before the graph's end"):
+        parts_of(Flow(graph), {nodes[1]: Refusal("unsafe")})
+
+
+def test_random_numbers_keep_their_order():
+    graph, drawn = Graph(), []
+    for _ in range(6):
+        drawn.append(graph.call_function(aten.rand.default, ([3],)))
+        drawn[-1].meta["val"] = torch.empty(3)
+    graph.output(tuple(drawn))
+    part_of = parts_of(Flow(graph), {node: Refusal("unsafe") for node in drawn[2:4]})
+    assert [part_of[node] for node in drawn] == [0, 0, 1, 1, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------------ calls
+
+
+class Value:
+    """What a weak reference may refer to."""
+
+
+def part(reads: Sequence[int], makes: Sequence[int]) -> Part:
+    return Part(GraphModule({}, Graph()), (), tuple(reads), tuple(makes), None)
+
+
+def test_values_live_until_their_last_reader_is_called():
+    alive: list[list[int]] = []
+    refs: dict[int, weakref.ref[Value]] = {}
+
+    def call(*makes: int) -> Callable[[list[Any]], list[Any]]:
+        def run(args: list[Any]) -> list[Any]:
+            args.clear()  # as compiled code does once it has read them
+            alive.append([slot for slot, ref in refs.items() if ref() is not None])
+            made = [Value() for _ in makes]
+            refs.update(zip(makes, map(weakref.ref, made), strict=True))
+            return made
+
+        return run
+
+    # Arguments 0 to 3, of which nobody reads 3; 4 is a constant.
+    steps = [part([0, 1], [5, 6]), part([5, 0], [7]), part([7, 2], [8])]
+    made = Split(tuple(steps), (), (None,), (8, 6, 1, 4, 8))
+    composition = Composition(made, [call(*p.makes) for p in steps])
+    args = [Value() for _ in range(4)]
+    refs.update(enumerate(map(weakref.ref, args)))
+    results = composition(args)
+    assert args == []
+    assert alive == [[0, 1, 2], [1, 2, 6], [1, 6]]
+    assert [r is None for r in results] == [False, False, False, True, False]
+    assert results[0] is results[4]
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+def mixed(build: Callable[[Graph, Callable[..., Node], dict[str, Node]], Any]) -> GraphModule:
+    """A graph on ``x`` on a GPU and the scalars ``a`` and ``b`` on the CPU."""
+    graph, mode = Graph(), FakeTensorMode()
+    given: dict[str, Node] = {}
+    with mode:
+        for name, value in (("x", torch.empty(3, device=CUDA)), ("a", torch.empty(())), ("b", torch.empty(()))):
+            given[name] = graph.placeholder(name)
+            given[name].meta["val"] = value
+
+    def add(target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = graph.call_function(target, args, kwargs)
+        with mode:
+            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+        return node
+
+    graph.output(tuple(build(graph, add, given)))
+    return GraphModule({}, graph)
+
+
+def test_scalars_that_only_the_gpu_reads_are_moved():
+    def build(graph, add, given):
+        scaled = add(aten.mul.Tensor, given["x"], add(aten.sqrt.default, given["a"]))
+        zero = add(aten.full.default, [], 0.0, dtype=torch.float32, device=CPU)
+        return add(aten.where.self, add(aten.gt.Scalar, scaled, 0), scaled, zero), add(aten.add.Tensor, given["b"], 1)
+
+    module = mixed(build)
+    assert move_scalars(module.graph, CUDA) == {1}
+    on_cpu = [n.target for n in module.graph.nodes if n.op != "output" and n.meta["val"].device == CPU]
+    assert on_cpu == ["b", aten.add.Tensor]
+    assert [p.refusal is None for p in split_of(module)] == [True, False]
+
+
+@pytest.mark.parametrize("reader", ["output", "cpu", "number"])
+def test_a_scalar_that_something_else_reads_stays(reader: str):
+    def build(graph, add, given):
+        more = {
+            "output": lambda a: a,
+            "cpu": lambda a: add(aten.view.default, a, [1]),
+            "number": lambda a: add(aten.sym_size.int, add(aten.view.default, a, [1]), 0),
+        }
+        return add(aten.mul.Tensor, given["x"], given["a"]), more[reader](given["a"])
+
+    assert move_scalars(mixed(build).graph, CUDA) == frozenset()
+
+
+def test_operators_on_another_device_are_cut_out():
+    def build(graph, add, given):
+        y = add(aten.cos.default, add(aten.sin.default, given["x"]))
+        cpu = add(aten.cos.default, add(aten._to_copy.default, y, device=CPU))
+        return (add(aten.relu.default, add(aten.mul.Tensor, add(aten._to_copy.default, cpu, device=CUDA), y)),)
+
+    first, on_cpu, second = split_of(mixed(build))
+    assert operators(first) == ["sin", "cos"]
+    assert operators(on_cpu) == ["_to_copy", "cos", "_to_copy"]
+    assert operators(second) == ["mul", "relu"]
+    assert on_cpu.refusal is not None
+    assert on_cpu.refusal.reason == "the region mixes devices: cpu and cuda:0"
+
+
+def split_of(module: GraphModule) -> Sequence[Part]:
+    made = split(module, [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")], CUDA)
+    assert made is not None
+    return made.parts
+
+
+def test_moving_moves_arguments_of_a_call():
+    call = moving(lambda args: [a.device.type for a in args], frozenset([1]), torch.device("meta"))
+    assert call([torch.ones(2), torch.ones(()), torch.ones(())]) == ["cpu", "meta", "cpu"]
+
+
+def test_source_of_a_refusal_is_the_line_that_calls_the_operator():
+    (_, unsafe) = parts(lambda x: wave(two(x)), torch.randn(6, 4))
+    assert unsafe.refusal is not None
+    assert unsafe.refusal.source is not None
+    assert Path(__file__).name in unsafe.refusal.source
