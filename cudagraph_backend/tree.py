@@ -10,6 +10,7 @@ what it writes. That is looked up at every call, so that no order of calls, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +38,7 @@ _UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets o
 _PLACES = 128
 _IDLE_CALLS = 1000  # after that many calls of the region elsewhere, a place may make room for another one
 _FOUND_PER_INPUT = 8
+_CLEARED_OFTEN = 8
 _OLDER_OUTPUTS_KEPT = 4  # sets of outputs, where they can't be moved out
 
 
@@ -45,7 +47,8 @@ class Place:
     """The addresses of one place, and its graphs by bucket.
 
     ``static_addresses`` has the address of each static argument (``None`` for any other), ``inputs`` the bytes of the
-    pool that graphs read, per staged input. ``used`` is the number of the region's call that used it last.
+    pool that graphs read, per staged input. ``used`` is the number of the region's call that used it last, ``cleared``
+    counts by bucket how often live outputs had to go.
     """
 
     static_addresses: list[int | None]
@@ -53,6 +56,7 @@ class Place:
     outputs: tuple[OutputRange, ...] = ()
     graphs: dict[Sizes, Graph] = field(default_factory=dict)
     used: int = 0
+    cleared: Counter[Sizes] = field(default_factory=Counter)
 
     def accepts(self, readings: Sequence[Reading], where: Where) -> bool:
         """Whether arguments found there are read here, and others can be copied to where they are read."""
@@ -169,7 +173,8 @@ class Tree:
         """A route to a place where nothing is alive in what is written, or nothing any more.
 
         Its place may lack a graph for the plan's bucket, and if it is new, outputs. A place that exists is preferred,
-        even if outputs of an earlier step must be moved out there; those of this step are left alone.
+        even if outputs of an earlier step must be moved out there; those of this step are left alone. Where that goes
+        on call after call, as the caller holds the last output (``out = f(x)``), a second place spares the copies.
         """
         older: list[Route] = []
         read = self._offsets_read(where, args)
@@ -181,7 +186,9 @@ class Tree:
                 older.append(route)
         try:
             for route in older:
-                if self._clear(route.blockers(self._pool), args):
+                is_often = route.place.cleared[plan.bucket.sizes] >= _CLEARED_OFTEN and not self.is_full()
+                if not (is_often and len(older) == 1) and self._clear(route.blockers(self._pool), args):
+                    route.place.cleared[plan.bucket.sizes] += 1
                     return route
             if len(older) >= _OLDER_OUTPUTS_KEPT:
                 return _LIVE_OUTPUTS

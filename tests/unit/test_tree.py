@@ -239,6 +239,26 @@ def test_outputs_of_earlier_steps_are_moved_out(pool: OutputPool, step: list[int
 
 
 @needs_move
+def test_a_caller_who_always_holds_the_last_output_gets_a_second_place(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step)
+    out = None
+    for step[0] in range(30):
+        out = call(torch.ones(1, 128)).fill_(step[0])
+    assert (out == 29).all()
+    assert (call.captures, pool.moved_out, pool.nbytes) == (2, 8, 3 * ROW)
+
+
+@needs_move
+def test_no_second_place_where_no_graph_may_be_added(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, max_graphs=1)
+    out = None
+    for step[0] in range(30):
+        out = call(torch.ones(1, 128)).fill_(step[0])
+    assert (out == 29).all()
+    assert (call.captures, pool.moved_out) == (1, 29)
+
+
+@needs_move
 def test_an_output_over_all_that_a_call_writes_is_moved_out_once(pool: OutputPool, step: list[int]):
     call = Caller(pool, step)
     call(torch.ones(1, 128))
