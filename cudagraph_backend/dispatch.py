@@ -190,6 +190,7 @@ class Table:
             row_entries=tuple(self._row_entries(e, n, values) for e, n in zip(tensor.size, size, strict=True)),
             fill=self._fill(tensor),
             provided=provided if provided <= _PROVIDED_AT_ONCE else 0,
+            is_fixed=not tensor.symbols,
         )
 
     def _row_entries(self, expression: Any, length: int, values: Values) -> int:

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from cudagraph_backend.drivers import Memory
+from cudagraph_backend.spans import Span
 from cudagraph_backend.torch_internals import (
     CAN_FORBID_ACCESS,
     CAN_MOVE_STORAGE,
@@ -28,8 +29,6 @@ from cudagraph_backend.torch_internals import (
 ALIGNMENT = 512  # bytes; what the caching allocator gives, and more than any vectorised load needs
 
 Step = tuple[int, int]
-Span = tuple[int, int]
-"""Bytes of the pool: the first, and one past the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +130,10 @@ class OutputPool:
         self.moved_out = 0
 
     @property
+    def device(self) -> torch.device:
+        return self._memory.device
+
+    @property
     def address(self) -> int:
         """Of the first byte; it never changes."""
         return self._memory.address
@@ -153,10 +156,10 @@ class OutputPool:
     def find_room(self, nbytes: int, taken: Sequence[Span], preferred: Iterable[Span] = ()) -> OutputRange:
         """A range of at least ``nbytes`` bytes in which nothing is live, or ``taken``: a preferred one, or the first.
 
-        Raises ``torch.OutOfMemoryError`` if the device is full.
+        What is taken outside of the pool does not matter. Raises ``torch.OutOfMemoryError`` if the device is full.
         """
         size = _aligned(nbytes)
-        busy = sorted([*taken, *(r.span for r in self.live_ranges())])
+        busy = sorted([*(span for span in taken if span[0] >= 0), *(r.span for r in self.live_ranges())])
         for first, end in preferred:
             if end - first == size and not any(a < end and first < b for a, b in busy):
                 return self._range(first, size)

@@ -20,7 +20,7 @@ from cudagraph_backend.outputs import Layout, layout_at, make_outputs
 from cudagraph_backend.payoff import payoff_refusal
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
-from cudagraph_backend.staging import shares_memory, stage, write_back
+from cudagraph_backend.staging import stage, write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
 from cudagraph_backend.tree import Route, Where
 
@@ -97,18 +97,21 @@ class Replayer:
         if isinstance(plan, Refusal):
             return plan
         args.extend(plan.counts)
-        if self._writes and shares_memory(self.region.inputs, args):
-            return _SHARED_MEMORY
         if plan.to_probe:
             plan = self._probed(table, plan, args)
             if isinstance(plan, Refusal):
                 return plan
         where = table.tree.where(plan, args)
-        route = table.tree.route(plan, where, args)
-        if route is None or plan.layout is None:
-            return self._first_call(table, plan, where, args)
+        route = table.tree.route(plan, where, args) or table.tree.new_route(plan, where, args)
+        if isinstance(route, Refusal):
+            return route
+        if self._writes and route.takes_apart(args):
+            return _SHARED_MEMORY
+        graph = route.place.graphs.get(plan.bucket.sizes)
+        if graph is None or plan.layout is None:
+            return self._first_call(table, plan, where, route, args)
         self._stage(table, route, args)
-        route.place.graphs[plan.bucket.sizes].replay()
+        graph.replay()
         return self._finish(table, plan, plan.layout, route, args)
 
     def _stage(self, table: Table, route: Route, args: list[Any]) -> None:
@@ -159,18 +162,14 @@ class Replayer:
         if self.options.strict:
             self._refusal = refusal
 
-    def _first_call(self, table: Table, plan: Plan, where: Where, args: list[Any]) -> list[Any] | Refusal:
-        """Answer a call whose route is new, or not free yet."""
-        route = table.tree.new_route(plan, where, args)
-        if isinstance(route, Refusal):
-            return route
-        if plan.layout is None and plan.bucket.layout is not None:
-            plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
+    def _first_call(self, table: Table, plan: Plan, where: Where, route: Route, args: list[Any]) -> list[Any] | Refusal:
+        """Answer the first call of a place and bucket, or of a plan."""
         graph = route.place.graphs.get(plan.bucket.sizes)
         if graph is None:
             refusal = table.tree.refused_capture(plan, where, route.place)
             return refusal if refusal is not None else self._capture(table, plan, where, route, args)
-        assert plan.layout is not None
+        assert plan.bucket.layout is not None
+        plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
         self._stage(table, route, args)
         graph.replay()
         return self._finish(table, plan, plan.layout, route, args)

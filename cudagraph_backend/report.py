@@ -15,6 +15,7 @@ from cudagraph_backend.fill import key_of
 from cudagraph_backend.plan import Bucket, Sizes
 from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.replay import Replayer
+from cudagraph_backend.spans import merged
 from cudagraph_backend.strides import extent
 from cudagraph_backend.tree import Place
 
@@ -188,11 +189,9 @@ def _output_bytes(replayer: Replayer) -> list[int]:
 
 def _staging_bytes(replayers: Sequence[Replayer]) -> int:
     """Of the pool's bytes, those to which inputs of these regions are copied."""
-    end = total = 0
-    for first, last in sorted(span for r in replayers for place in _places(r) for span in place.inputs):
-        total += max(last - max(first, end), 0)
-        end = max(end, last)
-    return total
+    return sum(
+        end - first for first, end in merged(s for r in replayers for place in _places(r) for s in place.staging)
+    )
 
 
 @dataclass(frozen=True, slots=True)

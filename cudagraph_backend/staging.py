@@ -1,7 +1,7 @@
 """Staging: a call's arguments get to where a graph reads them, and padded rows are filled.
 
-A graph reads its inputs from the output pool. An argument that is an output of ours is read where it lies, if it can
-be; any other one is copied to free bytes of the pool, which are free again after the replay.
+An argument that is an output of ours, or a large one of a fixed size (a cache), is read where it lies, if it can be.
+Any other one is copied to free bytes of the output pool, which are free again after the replay.
 """
 
 from __future__ import annotations
@@ -15,10 +15,22 @@ import torch
 from cudagraph_backend.fill import Fill
 from cudagraph_backend.output_pool import OutputPool, OutputRange
 from cudagraph_backend.region import TensorInput, Values, evaluate_all
+from cudagraph_backend.spans import Span
 from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once, same_places
-from cudagraph_backend.torch_internals import outside_inference_mode
+from cudagraph_backend.torch_internals import borrowed_memory, outside_inference_mode
 
 _ALIGNMENT = 16  # bytes; Inductor's kernels rely on it for inputs that were aligned when it compiled
+_CACHE_NBYTES = 1 << 16
+
+
+def byte_span(tensor: torch.Tensor) -> Span:
+    """The addresses of a tensor's first byte and of the one behind its last."""
+    start = tensor.data_ptr()
+    return start, start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
+
+
+def is_aligned(address: int) -> bool:
+    return address % _ALIGNMENT == 0
 
 
 def shape_at(tensor: TensorInput, values: Values) -> Shape:
@@ -36,6 +48,7 @@ class Reading:
         row_entries: per dim, how many consecutive entries make a row (2 for a dim of size ``2*s``).
         fill: what padded rows hold: the last real row, zeros, or a number.
         provided: bytes that the largest bucket will need, as far as known.
+        is_fixed: whether its size is the same in all calls, as that of a cache.
     """
 
     index: int
@@ -45,6 +58,7 @@ class Reading:
     row_entries: tuple[int, ...]
     fill: Fill
     provided: int = 0
+    is_fixed: bool = False
 
     @cached_property
     def nbytes(self) -> int:
@@ -71,8 +85,13 @@ class Reading:
         padded = [step * n for n, m, step in zip(size, *self.shape, strict=True) if m > n]
         return all(first >= extent(size, stride) for first in padded)
 
+    @cached_property
+    def is_cache(self) -> bool:
+        """Whether it is so large, and of a fixed size, that its address is worth a graph, wherever that is."""
+        return self.is_fixed and self.may_stay and self.nbytes >= _CACHE_NBYTES
+
     def found_in(self, pool: OutputPool, tensor: torch.Tensor) -> OutputRange | None:
-        """The range where the argument can be read as it lies; ``None`` if it must be copied.
+        """The range of the pool where the argument can be read as it lies; ``None`` if it must be copied.
 
         Padded rows will be overwritten there, so nothing real may come behind the argument: in ``y[:k]`` it does.
         """
@@ -80,7 +99,7 @@ class Reading:
             return None
         storage = tensor.untyped_storage()
         taken = pool.holder(storage)
-        if taken is None or tensor.data_ptr() % _ALIGNMENT:
+        if taken is None or not is_aligned(tensor.data_ptr()):
             return None
         first = tensor.data_ptr() - pool.address
         if self.is_padded:
@@ -89,11 +108,13 @@ class Reading:
         return taken
 
     def buffer(self, pool: OutputPool, offset: int) -> torch.Tensor:
-        """What the graph reads if the input is at this offset of the pool."""
-        memory = pool.bytes(offset, self.nbytes)
+        """What the graph reads if the input is at this offset from the pool's first byte, inside of it or not."""
+        if offset >= 0 and offset + self.nbytes <= pool.nbytes:
+            storage = pool.bytes(offset, self.nbytes).untyped_storage()
+        else:
+            storage = borrowed_memory(pool.address + offset, self.nbytes, pool.device)
         with outside_inference_mode():
-            empty = torch.empty(0, dtype=self.dtype, device=memory.device)
-            return empty.set_(memory.untyped_storage(), 0, *self.shape)
+            return torch.empty(0, dtype=self.dtype, device=storage.device).set_(storage, 0, *self.shape)
 
     def copy_to(self, buffer: torch.Tensor) -> StagedCopy:
         return staged_copy(self.index, buffer, self.real, self.row_entries, self.fill)
@@ -116,6 +137,10 @@ class StagedCopy:
     source: Shape | None
     fills: tuple[tuple[torch.Tensor, torch.Tensor | float], ...]
 
+    def span(self, args: Sequence[torch.Tensor]) -> Span:
+        """The addresses that the argument reaches."""
+        return byte_span(self.argument(args[self.index]))
+
     def argument(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.source is None else tensor.as_strided(*self.source)
 
@@ -136,28 +161,6 @@ def write_back(written: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> N
     """Copied arguments that the region wrote in place: their real rows go back to the caller's tensor."""
     for copy in written:
         copy.argument(args[copy.index]).copy_(copy.real)
-
-
-def shares_memory(inputs: Sequence[TensorInput], args: Sequence[torch.Tensor]) -> bool:
-    """Whether an argument that the region writes meets another one in memory, and staging would take them apart.
-
-    The compiled region sees a write through both; AOTAutograd guards against the overlap only if there was one when it
-    compiled.
-    """
-    written = [(i, *_byte_span(args[i.index])) for i in inputs if i.mutated]
-    others = [(i, *_byte_span(args[i.index])) for i in inputs if i.mutated or i.role == "staged"]
-    if any(i.role == "staged" for i, _, _ in written):
-        others = [(i, *_byte_span(args[i.index])) for i in inputs]
-    return any(
-        a is not b and (a.role == "staged" or b.role == "staged") and start < b_end and b_start < end
-        for a, start, end in written
-        for b, b_start, b_end in others
-    )
-
-
-def _byte_span(tensor: torch.Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
-    return start, start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
 def staged_copy(index: int, buffer: torch.Tensor, real: Shape, row_entries: Sequence[int], fill: Fill) -> StagedCopy:

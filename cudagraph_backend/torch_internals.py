@@ -311,6 +311,11 @@ def addresses_equal(tensors: list[Any], addresses: list[int | None], indices: li
     return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
+def borrowed_memory(address: int, nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage over memory that somebody else owns, and that must be there whenever it is read or written."""
+    return torch._C._construct_storage_from_data_pointer(address, device, nbytes)  # type: ignore[return-value]
+
+
 CAN_MOVE_STORAGE = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # since torch 2.12
 
 

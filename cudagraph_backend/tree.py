@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -21,14 +20,16 @@ import torch
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.output_pool import OutputPool, OutputRange, Span, can_invalidate, can_move_out
+from cudagraph_backend.output_pool import OutputPool, OutputRange, can_invalidate, can_move_out
 from cudagraph_backend.plan import Plan, Sizes
 from cudagraph_backend.region import Region
-from cudagraph_backend.staging import Reading, StagedCopy
+from cudagraph_backend.spans import Span, meets, merged
+from cudagraph_backend.staging import Reading, StagedCopy, byte_span, is_aligned
 from cudagraph_backend.torch_internals import addresses_equal, current_step
 
 Where: TypeAlias = "tuple[int | None, ...]"
-"""Per staged input, the offset in the pool where a call's argument is read; ``None``: the argument is copied."""
+"""Per staged input, where a call's argument is read: the offset from the pool's first byte, also of what lies outside;
+``None``: the argument is copied."""
 
 TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _ADDRESSES_MOVE = Refusal("static inputs keep moving to new addresses")
@@ -38,6 +39,7 @@ _UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets o
 _PLACES = 128
 _IDLE_CALLS = 1000  # after that many calls of the region elsewhere, a place may make room for another one
 _FOUND_PER_INPUT = 8
+_CACHES_PER_INPUT = 2
 _CLEARED_OFTEN = 8
 _OLDER_OUTPUTS_KEPT = 4  # sets of outputs, where they can't be moved out
 
@@ -46,13 +48,14 @@ _OLDER_OUTPUTS_KEPT = 4  # sets of outputs, where they can't be moved out
 class Place:
     """The addresses of one place, and its graphs by bucket.
 
-    ``static_addresses`` has the address of each static argument (``None`` for any other), ``inputs`` the bytes of the
-    pool that graphs read, per staged input. ``used`` is the number of the region's call that used it last, ``cleared``
-    counts by bucket how often live outputs had to go.
+    ``static_addresses`` has the address of each static argument (``None`` for any other), ``inputs`` the bytes that
+    graphs read, per staged input, and ``staging`` those among them to which an argument may be copied. ``used`` is the
+    number of the region's call that used it last, ``cleared`` counts by bucket how often live outputs had to go.
     """
 
     static_addresses: list[int | None]
     inputs: tuple[Span, ...]
+    staging: frozenset[Span]
     outputs: tuple[OutputRange, ...] = ()
     graphs: dict[Sizes, Graph] = field(default_factory=dict)
     used: int = 0
@@ -60,14 +63,10 @@ class Place:
 
     def accepts(self, readings: Sequence[Reading], where: Where) -> bool:
         """Whether arguments found there are read here, and others can be copied to where they are read."""
-        copied: list[Span] = []
-        for reading, found, (first, end) in zip(readings, where, self.inputs, strict=True):
-            if found is None:
-                copied.append((first, first + reading.nbytes))
-            if (found is None and first + reading.nbytes > end) or found not in (None, first):
-                return False
-        copied.sort()
-        return all(a_end <= b for (_, a_end), (b, _) in pairwise(copied))
+        return all(
+            found == span[0] if found is not None else span in self.staging and span[0] + reading.nbytes <= span[1]
+            for reading, found, span in zip(readings, where, self.inputs, strict=True)
+        )
 
     def holds(self, range_nbytes: Sequence[int]) -> bool:
         """Whether outputs of these sizes fit."""
@@ -86,6 +85,8 @@ class Route:
         in_place: of those that are read where they lie; only their padded rows are written.
         written: those of ``copies`` whose arguments the region changes.
         writes: the bytes of the pool that a call writes.
+        fixed: where the other arguments are, static or read in place, as merged spans of addresses; those that the
+            region changes in ``fixed_written``. Both are empty for a region that changes none.
     """
 
     place: Place
@@ -94,6 +95,24 @@ class Route:
     in_place: tuple[StagedCopy, ...]
     written: tuple[StagedCopy, ...]
     writes: tuple[Span, ...]
+    fixed: list[Span]
+    fixed_written: list[Span]
+
+    def takes_apart(self, args: Sequence[Any]) -> bool:
+        """Whether an argument that the region changes meets another one in memory, and one of them is copied.
+
+        The compiled region sees a change through both; AOTAutograd guards against the overlap only if there was one
+        when it compiled.
+        """
+        copied = [(copy, copy.span(args)) for copy in self.copies]
+        if any(meets(span, self.fixed_written) for _, span in copied):
+            return True
+        for written in self.written:
+            span = written.span(args)
+            others = merged(other for copy, other in copied if copy is not written)
+            if meets(span, self.fixed) or meets(span, others):
+                return True
+        return False
 
     def blockers(self, pool: OutputPool) -> list[OutputRange]:
         """The ranges with live outputs that a call would overwrite."""
@@ -126,8 +145,8 @@ class Tree:
         start = self._pool.address
         end = start + self._pool.nbytes
         for reading in plan.readings:
-            if start <= args[reading.index].data_ptr() < end:
-                return self._where_pooled(plan, args)
+            if start <= args[reading.index].data_ptr() < end or reading.is_cache:
+                return self._where_found(plan, args)
         return self._nowhere
 
     def route(self, plan: Plan, where: Where, args: list[Any]) -> Route | None:
@@ -147,25 +166,27 @@ class Tree:
 
     # ---- the way to a route
 
-    def _where_pooled(self, plan: Plan, args: Sequence[Any]) -> Where:
+    def _where_found(self, plan: Plan, args: Sequence[Any]) -> Where:
         where: list[int | None] = []
         padded: list[OutputRange] = []
         for reading in plan.readings:
             tensor = args[reading.index]
+            offset = tensor.data_ptr() - self._pool.address
             taken = reading.found_in(self._pool, tensor)
-            # Of two arguments on one range, one might overwrite the padded rows of the other.
-            if taken is None or (reading.is_padded and taken in padded):
-                where.append(None)
-                continue
-            if reading.is_padded:
-                padded.append(taken)
-            where.append(self._few(plan.bucket.sizes, reading.index, tensor.data_ptr() - self._pool.address))
+            if taken is None:
+                is_cache = reading.is_cache and is_aligned(tensor.data_ptr())
+                where.append(self._few((), reading.index, offset, _CACHES_PER_INPUT) if is_cache else None)
+            elif reading.is_padded and taken in padded:
+                where.append(None)  # of two arguments on one range, one might overwrite the padded rows of the other
+            else:
+                padded += [taken] if reading.is_padded else []
+                where.append(self._few(plan.bucket.sizes, reading.index, offset, _FOUND_PER_INPUT))
         return tuple(where)
 
-    def _few(self, sizes: Sizes, index: int, offset: int) -> int | None:
-        """The offset, unless the bucket's graphs read this input at many others already: it is copied then."""
+    def _few(self, sizes: Sizes, index: int, offset: int, most: int) -> int | None:
+        """The offset, unless graphs read this input at many others already: it is copied then."""
         found = self.found.setdefault((sizes, index), set())
-        if len(found) < _FOUND_PER_INPUT:
+        if len(found) < most:
             found.add(offset)
         return offset if offset in found else None
 
@@ -192,7 +213,7 @@ class Tree:
                     return route
             if len(older) >= _OLDER_OUTPUTS_KEPT:
                 return _LIVE_OUTPUTS
-            return self._route_to(self._new_place(plan, where, args), plan, where)
+            return self._route_to(self._new_place(plan, where, args), plan, where, args)
         except torch.OutOfMemoryError as error:
             return no_memory(error)
 
@@ -221,7 +242,7 @@ class Tree:
         routes, layout = self._routes.setdefault((plan.sizes, where), []), plan.bucket.layout
         known = {route.place for route in routes}
         routes += [
-            self._route_to(place, plan, where)
+            self._route_to(place, plan, where, args)
             for place in self.places
             if place not in known
             and addresses_equal(args, place.static_addresses, self._static)
@@ -231,7 +252,7 @@ class Tree:
         fitting = [r for r in routes if addresses_equal(args, r.place.static_addresses, self._static)]
         return sorted(fitting, key=lambda route: plan.bucket.sizes not in route.place.graphs)
 
-    def _route_to(self, place: Place, plan: Plan, where: Where) -> Route:
+    def _route_to(self, place: Place, plan: Plan, where: Where, args: Sequence[Any]) -> Route:
         buffers: dict[int, torch.Tensor] = {}
         copies: list[StagedCopy] = []
         in_place: list[StagedCopy] = []
@@ -242,9 +263,19 @@ class Tree:
             if found is None:
                 writes.append((first, first + reading.nbytes))
         inputs = bucket_inputs(self._region, plan.bucket.sizes, buffers)
+        copied = {copy.index for copy in copies}
         mutated = {tensor.index for tensor in self._region.inputs if tensor.mutated}
-        written = tuple(copy for copy in copies if copy.index in mutated)
-        return Route(place, inputs, tuple(copies), tuple(in_place), written, tuple(writes))
+        fixed = [i.index for i in self._region.inputs if i.index not in copied and mutated]
+        return Route(
+            place,
+            inputs,
+            tuple(copies),
+            tuple(in_place),
+            tuple(copy for copy in copies if copy.index in mutated),
+            tuple(writes),
+            merged(byte_span(args[index]) for index in fixed),
+            merged(byte_span(args[index]) for index in fixed if index in mutated),
+        )
 
     # ---- new places and graphs
 
@@ -253,23 +284,21 @@ class Tree:
 
         Raises ``torch.OutOfMemoryError``.
         """
-        taken = [
-            (found, found + reading.nbytes)
+        spans: list[Span | None] = [
+            None if found is None else (found, found + reading.nbytes)
             for reading, found in zip(plan.readings, where, strict=True)
-            if found is not None
         ]
-        inputs: list[Span] = []
-        for position, (reading, found) in enumerate(zip(plan.readings, where, strict=True)):
-            if found is not None:
-                inputs.append((found, found + reading.nbytes))
-                continue
-            before = [place.inputs[position] for place in self.places]
-            room = self._pool.find_room(max(reading.nbytes, reading.provided), taken, before)
-            inputs.append(room.span)
-            taken.append(room.span)
+        for position, reading in enumerate(plan.readings):
+            if spans[position] is None:
+                before = [place.inputs[position] for place in self.places if place.inputs[position] in place.staging]
+                taken = [span for span in spans if span is not None]
+                spans[position] = self._pool.find_room(max(reading.nbytes, reading.provided), taken, before).span
+        inputs = tuple(span for span in spans if span is not None)
+        apart = (span for span in inputs if sum(a < span[1] and span[0] < b for a, b in inputs) == 1)
+        staging = frozenset(span for span in apart if span[0] >= 0 and span[1] <= self._pool.nbytes)
         static = set(self._static)
         addresses = [arg.data_ptr() if i in static else None for i, arg in enumerate(args)]
-        return Place(addresses, tuple(inputs))
+        return Place(addresses, inputs, staging)
 
     def refused_capture(self, plan: Plan, where: Where, place: Place) -> Refusal | None:
         """Why no graph is captured for a call, though there is none for it.
@@ -312,14 +341,13 @@ class Tree:
             except torch.OutOfMemoryError:
                 outputs = self._ranges(place, range_nbytes)
             writes = [span for span in route.writes if span not in [taken.span for taken in place.outputs]]
-            place = Place(place.static_addresses, place.inputs, outputs)
-            writes = [*(taken.span for taken in outputs), *writes]
-            route = Route(place, route.inputs, route.copies, route.in_place, route.written, tuple(writes))
+            place = Place(place.static_addresses, place.inputs, place.staging, outputs)
+            route = replace(route, place=place, writes=(*(taken.span for taken in outputs), *writes))
         return route
 
     def _ranges(self, place: Place, needs: Sequence[int]) -> tuple[OutputRange, ...]:
         taken: list[Span] = list(place.inputs)
-        known = [span for p in self.places for span in (*p.inputs, *(r.span for r in p.outputs))]
+        known = [span for p in self.places for span in (*p.staging, *(r.span for r in p.outputs))]
         ranges: list[OutputRange] = []
         for need in needs:
             ranges.append(self._pool.find_room(need, taken, known))

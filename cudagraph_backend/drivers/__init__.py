@@ -13,6 +13,7 @@ T = TypeVar("T")
 class Memory(Protocol):
     """Growing memory behind an output pool. Addresses never move; every tensor handed out keeps it alive."""
 
+    device: torch.device
     address: int
     """Of the first byte."""
     nbytes: int

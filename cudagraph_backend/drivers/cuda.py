@@ -28,7 +28,7 @@ class CudaMemory:
         from cuda.bindings import driver
 
         self._driver = driver
-        self._device = device
+        self.device = device
         self._handles: list[tuple[int, int, Any]] = []
         self.nbytes = 0
         with torch.cuda.device(device):
@@ -61,8 +61,8 @@ class CudaMemory:
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
         if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8, device=self._device)
-        return torch.as_tensor(_CudaBytes(self, self.address + offset, nbytes), device=self._device)
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        return torch.as_tensor(_CudaBytes(self, self.address + offset, nbytes), device=self.device)
 
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self._granularity) * self._granularity
@@ -71,14 +71,14 @@ class CudaMemory:
         error, *results = getattr(self._driver, name)(*args)
         if error != self._driver.CUresult.CUDA_SUCCESS:
             kind = torch.OutOfMemoryError if "OUT_OF_MEMORY" in error.name else RuntimeError
-            raise kind(f"{name} failed with {error.name} for the output pool of {self._device}")
+            raise kind(f"{name} failed with {error.name} for the output pool of {self.device}")
         return results[0] if results else None
 
     def __del__(self) -> None:
         # Nothing refers to the memory any more: every tensor on it holds this object.
         if getattr(self, "address", None) is None:
             return
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         for address, nbytes, handle in self._handles:
             self._driver.cuMemUnmap(address, nbytes)
             self._driver.cuMemRelease(handle)

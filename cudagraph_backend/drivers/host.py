@@ -22,6 +22,8 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13
 class HostMemory:
     """An anonymous map of addresses, used from its beginning."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self._map = _reserve(_RESERVED)
         self.address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()

@@ -109,3 +109,28 @@ def test_an_int_that_counts_the_rows_of_an_argument(device):
             assert torch.equal(compiled(x, n), function(x, n))
     assert sg.stats().fallbacks == {}
     assert sg.stats().rows_padded > 0
+
+
+def test_a_cache_that_is_an_argument_is_changed_in_place(device):
+    """Large arguments of a fixed size are read and written where they are, and copied only if they keep moving."""
+
+    def step(cache, x, at):
+        cache.index_copy_(0, at, x)
+        return cache[:4].sum(0) + x
+
+    compiled = torch.compile(step, backend="sharedgraph")
+    caches = [torch.zeros(256, 128, device=device) for _ in range(4)]
+    twins = [cache.clone() for cache in caches]
+    with torch.no_grad():
+        for order in ((0, 0, 0), (1, 0, 1), (2, 3, 0), (3, 2, 1)):
+            for i in order:
+                for n in (5, 9, 3):
+                    x = torch.randn(n, 128, device=device)
+                    at = torch.randperm(256, device=device)[:n].clone()
+                    for tensor in (x, at):
+                        torch._dynamo.mark_dynamic(tensor, 0, min=2, max=64)
+                    torch.testing.assert_close(compiled(caches[i], x, at), step(twins[i], x, at))
+                    for cache, twin in zip(caches, twins, strict=True):
+                        assert torch.equal(cache, twin)
+    assert sg.stats().fallbacks == {}
+    assert sg.stats().output_pool_bytes < 3 << 20 if device.type == "cpu" else True

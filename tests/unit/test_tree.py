@@ -50,11 +50,14 @@ def region(inputs: int, static: int = 0, mutated: Sequence[int] = ()) -> Region:
     )
 
 
-def plan_for(tree: Tree, rows: int = 1, bucket: int | None = None) -> Plan:
+def plan_for(tree: Tree, rows: int = 1, bucket: int | None = None, with_cache: bool = False) -> Plan:
     bucket = bucket or rows
     readings = [
         Reading(i.index, torch.float32, shape(rows), shape(bucket), (1, 1), "replica", 0) for i in tree._region.staged
     ]
+    if with_cache:
+        fixed = shape(CACHE_ROWS)
+        readings[-1] = Reading(readings[-1].index, torch.float32, fixed, fixed, (1, 1), "replica", 0, is_fixed=True)
     return Plan((rows,), Bucket((bucket,)), tuple(readings), rows, bucket - rows)
 
 
@@ -84,9 +87,10 @@ class Caller:
         self.step = step
         self.tree = Tree(region(inputs, static), pool, Options(**options))
         self.captures = 0
+        self.cache = False
 
     def __call__(self, *args: torch.Tensor, rows: int = 1, bucket: int | None = None) -> torch.Tensor | Refusal:
-        plan, listed = plan_for(self.tree, rows, bucket), list(args)
+        plan, listed = plan_for(self.tree, rows, bucket, self.cache), list(args)
         where = self.tree.where(plan, listed)
         self.route = self.tree.route(plan, where, listed)
         if self.route is None:
@@ -113,7 +117,7 @@ def spans(route: Route | None) -> list[tuple[int, int]]:
 
 
 def test_a_place_reads_what_lies_there_and_takes_copies_of_the_rest(pool: OutputPool):
-    place = Place([], ((0, 512), (512, 1536)))
+    place = Place([], ((0, 512), (512, 1536)), frozenset([(0, 512), (512, 1536)]))
     readings = [Reading(i, torch.float32, shape(1), shape(1), (1, 1), "replica") for i in range(2)]
     wide = [readings[0], Reading(1, torch.float32, shape(3), shape(3), (1, 1), "replica")]
     for where, reads, expected in [
@@ -127,12 +131,17 @@ def test_a_place_reads_what_lies_there_and_takes_copies_of_the_rest(pool: Output
         assert place.accepts(reads, where) == expected, where
 
 
-def test_copies_may_not_meet_each_other(pool: OutputPool):
+def test_copies_may_not_meet_each_other(pool: OutputPool, step: list[int]):
     """Two arguments that were views of one output are read at overlapping places, which copies can't be."""
-    place = Place([], ((0, 1024), (512, 1024)))
-    readings = [Reading(i, torch.float32, shape(2 - i), shape(2 - i), (1, 1), "replica") for i in range(2)]
-    assert place.accepts(readings, (0, 512))
-    assert not place.accepts(readings, (None, None))
+    call = Caller(pool, step, inputs=2)
+    x = lend(pool, pool.find_room(2 * ROW, []), step[0], 2 * ROW)
+    call(x, x[1:], rows=1)
+    (place,) = call.tree.places
+    assert place.inputs == ((0, ROW), (ROW, 2 * ROW))
+    assert place.staging == {*place.inputs}
+    call(x, x[:1], rows=1)
+    assert call.tree.places[1].inputs == ((0, ROW), (0, ROW))
+    assert call.tree.places[1].staging == frozenset()
 
 
 # ------------------------------------------------------------------------------------------------ calls
@@ -334,6 +343,86 @@ def test_an_argument_of_the_call_is_not_invalidated(pool: OutputPool, step: list
     step[0] += 1
     call(old[:1], rows=1, bucket=2)  # a row with a real one behind is copied
     assert (old == 4).all()
+
+
+# ------------------------------------------------------------------------------------------------ caches
+
+CACHE_ROWS = 256  # 128 KiB
+
+
+def cached(pool: OutputPool, step: list[int], mutated: Sequence[int] = ()) -> Caller:
+    """A region of a staged input of one row, and of a large one whose size never changes."""
+    call = Caller(pool, step, inputs=2)
+    call.tree._region = region(2, mutated=mutated)
+    call.cache = True
+    return call
+
+
+def test_a_large_input_of_fixed_size_is_read_where_it_is(pool: OutputPool, step: list[int]):
+    call, cache = cached(pool, step), torch.ones(CACHE_ROWS, 128)
+    for _ in range(3):
+        call(torch.ones(1, 128), cache)
+        assert [copy.index for copy in call.route.copies] == [0]
+        assert call.route.inputs[1].data_ptr() == cache.data_ptr()
+    assert (call.captures, pool.nbytes) == (1, 2 * ROW)
+
+
+def test_caches_that_keep_moving_are_copied(pool: OutputPool, step: list[int]):
+    call, caches = cached(pool, step), [torch.full((CACHE_ROWS, 128), float(i)) for i in range(4)]
+    for _ in range(2):
+        for cache in caches:
+            call(torch.ones(1, 128), cache)
+            assert len(call.route.copies) == (1 if cache[0, 0] < 2 else 2)
+    assert call.captures == 3
+
+
+def test_a_cache_that_is_not_aligned_is_copied(pool: OutputPool, step: list[int]):
+    call, memory = cached(pool, step), torch.ones(CACHE_ROWS * 128 + 1)
+    call(torch.ones(1, 128), memory[1:].view(CACHE_ROWS, 128))
+    assert len(call.route.copies) == 2
+
+
+def test_no_range_is_placed_where_a_cache_is(pool: OutputPool, step: list[int]):
+    """Addresses outside of the pool are no room in it."""
+    call, cache = cached(pool, step), torch.ones(CACHE_ROWS, 128)
+    kept = [call(torch.ones(1, 128), cache).fill_(7) for _ in range(4)]
+    assert (cache == 1).all()
+    for tensor in kept:
+        assert pool.address <= tensor.data_ptr() < pool.address + pool.nbytes
+
+
+# ------------------------------------------------------------------------------------------------ arguments that meet
+
+
+def taken_apart(
+    pool: OutputPool, step: list[int], *args: torch.Tensor, mutated: Sequence[int], static: int = 0
+) -> bool:
+    call = Caller(pool, step, inputs=2, static=static)
+    call.tree._region = region(2, static, mutated)
+    call(*args)
+    return call.route.takes_apart(args)
+
+
+def test_copies_do_not_take_apart_what_a_region_changes_through_both(pool: OutputPool, step: list[int]):
+    memory = torch.ones(3, 128)
+    first, second, both = memory[:1], memory[1:2], memory[:2].view(-1)[64:192].view(1, 128)
+    assert taken_apart(pool, step, first, both, mutated=[0])
+    assert taken_apart(pool, step, first, both, mutated=[1])
+    assert not taken_apart(pool, step, first, both, mutated=[])
+    assert not taken_apart(pool, step, first, second, mutated=[0, 1])
+    assert not taken_apart(pool, step, first, second, mutated=[0])
+
+
+def test_static_inputs_count_too(pool: OutputPool, step: list[int]):
+    memory = torch.ones(4, 128)
+    weight, other = memory[:2], torch.ones(1, 128)
+    for mutated, expected in (([0], True), ([1], True), ([2], False), ([], False)):
+        assert taken_apart(pool, step, weight, memory[1:2], other, mutated=mutated, static=1) == expected
+
+
+def test_what_is_read_in_place_is_not_taken_apart(pool: OutputPool, step: list[int]):
+    x = lend(pool, pool.find_room(2 * ROW, []), step[0], 2 * ROW)
+    assert not taken_apart(pool, step, x[:1], x[:1].view(1, 128), mutated=[0])
 
 
 # ------------------------------------------------------------------------------------------------ limits
