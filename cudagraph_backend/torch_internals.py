@@ -204,7 +204,10 @@ class Shapes:
             return True
         try:
             self._guards = self._env.produce_guards_expression(placeholders=self._symints)
-        except AssertionError:  # "sources must not be empty for symbol"
+        except (
+            AssertionError,
+            IndexError,
+        ):  # "sources must not be empty for symbol", or torch 2.11 reads the first one
             return False
         return True
 
@@ -352,6 +355,22 @@ def _forbidden(message: str) -> type[torch.Tensor]:
 def current_stream(device: torch.device) -> tuple[int, int, int]:
     """The id of the device's current stream, its device index and its device type."""
     return torch._C._cuda_getCurrentStream(device.index)
+
+
+@contextlib.contextmanager
+def generator_state_apart(device: torch.device) -> Iterator[None]:
+    """Begin a capture in here that draws no random numbers.
+
+    A capture takes the device's default generator, from which no thread can draw until it ends. One that begins here
+    takes a copy of the generator's state; the generator itself goes on with its own.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
 
 
 def clear_cublas_workspaces() -> None:

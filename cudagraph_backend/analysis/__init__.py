@@ -19,7 +19,12 @@ from cudagraph_backend.analysis.capturable import capture_refusal, devices_of
 from cudagraph_backend.analysis.dims import dynamic_dims
 from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
 from cudagraph_backend.analysis.outputs import graph_outputs, with_strides
-from cudagraph_backend.analysis.probing import draws_random_numbers, number_from_floats, precision
+from cudagraph_backend.analysis.probing import (
+    draws_random_numbers,
+    may_draw_random_numbers,
+    number_from_floats,
+    precision,
+)
 from cudagraph_backend.analysis.source import source_spans
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
@@ -71,6 +76,7 @@ def analyse(
         shapes=shapes,
         refusal=refusal,
         has_effects=draws_random_numbers(graph),
+        may_draw=may_draw_random_numbers(graph),
         source_lines=source_spans(graph),
         takes_extremes=number_from_floats(graph) is None,
         precision=precision(graph),

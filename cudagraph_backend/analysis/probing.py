@@ -26,6 +26,13 @@ def draws_random_numbers(graph: Graph) -> bool:
     return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
 
 
+def may_draw_random_numbers(graph: Graph) -> bool:
+    """Whether the graph draws random numbers, or has operators of the user's, of which that is not known."""
+    operators = [node.target for node in graph.nodes if is_operator(node.target)]
+    known = all(operator_name(target).startswith(("aten::", "prims::")) for target in operators)
+    return not known or draws_random_numbers(graph)
+
+
 def precision(graph: Graph) -> float:
     """The largest machine epsilon among the graph's values, 0 without floats: how far right results may be apart."""
     dtypes = {tensor.dtype for node in graph.nodes for tensor in tensors_of(node)}

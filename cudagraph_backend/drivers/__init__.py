@@ -48,8 +48,11 @@ class Driver(Protocol):
     def run_once(self, run: Callable[[], T]) -> T:
         """Run for real, before capture: initialises what is lazy (autotuning, handles), with capture's scratch."""
 
-    def capture(self, run: Callable[[], None]) -> Graph:
-        """Capture ``run`` without running it. Raises ``CaptureError``, leaving nothing behind, if it can't be."""
+    def capture(self, run: Callable[[], None], *, draws: bool) -> Graph:
+        """Capture ``run``, which may draw random numbers if it ``draws``, without running it.
+
+        Raises ``CaptureError``, leaving nothing behind, if it can't be.
+        """
 
     def seconds(self, run: Callable[[], object]) -> float | None:
         """How long a run takes until it is done on the device; ``None``, and no run, where that tells nothing."""

@@ -12,7 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from cudagraph_backend.errors import CaptureError
-from cudagraph_backend.torch_internals import clear_cublas_workspaces, current_stream, end_failed_capture
+from cudagraph_backend.torch_internals import (
+    clear_cublas_workspaces,
+    current_stream,
+    end_failed_capture,
+    generator_state_apart,
+)
 
 T = TypeVar("T")
 
@@ -146,14 +151,14 @@ class CudaDriver:
         clear_cublas_workspaces()
         return result
 
-    def capture(self, run: Callable[[], None]) -> CudaGraph:
+    def capture(self, run: Callable[[], None], *, draws: bool) -> CudaGraph:
         torch.cuda.synchronize(self.device)
         with self._on_capture_stream(), _collector_off():
             memory = self._open_pool()
             # cuBLAS workspaces from before are not in the memory pool; those made during capture must not stay in it.
             clear_cublas_workspaces()
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(memory.handle, "thread_local")
+            self._begin(graph, memory, draws=draws)
             try:
                 run()
                 clear_cublas_workspaces()
@@ -164,6 +169,13 @@ class CudaDriver:
                     raise CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
                 raise
         return CudaGraph(graph, memory)
+
+    def _begin(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool, *, draws: bool) -> None:
+        if draws:
+            graph.capture_begin(memory.handle, "thread_local")
+            return
+        with generator_state_apart(self.device):
+            graph.capture_begin(memory.handle, "thread_local")
 
     def _abort(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool) -> None:
         """End a capture that went wrong, and make the allocators and the random number generator usable again.
@@ -183,7 +195,7 @@ class CudaDriver:
             pool, anchor, scrap = torch.cuda.MemPool(), torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
             torch.cuda.synchronize(self.device)
             memory = MemoryPool(pool, anchor)
-            anchor.capture_begin(memory.handle, "thread_local")
+            self._begin(anchor, memory, draws=False)
             scrap.add_(1)  # an empty graph would be warned about; this one is never replayed
             anchor.capture_end()
             self._memory = memory

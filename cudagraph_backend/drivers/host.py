@@ -76,7 +76,7 @@ class HostDriver:
     def run_once(self, run: Callable[[], T]) -> T:
         return run()
 
-    def capture(self, run: Callable[[], None]) -> HostGraph:
+    def capture(self, run: Callable[[], None], *, draws: bool) -> HostGraph:
         return HostGraph(run)
 
     def seconds(self, run: Callable[[], object]) -> None:
