@@ -74,10 +74,10 @@ class Backend:
 
     def reset(self) -> None:
         """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
+        self._devices.clear()  # first: devices go with the last region that uses them
         for replayer in self.regions():
             replayer.reset()
         self._replayers.clear()
-        self._devices.clear()
 
 
 @dataclasses.dataclass(slots=True)

@@ -132,7 +132,7 @@ class Tree:
         self._static = region.static
         self._pool = pool
         self._options = options
-        self._routes: dict[tuple[Sizes, Where], list[Route]] = {}
+        self._routes: dict[tuple[Sizes, Sizes, Where], list[Route]] = {}
         self._nowhere: Where = (None,) * len(region.staged)
         self._calls = 0
         self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
@@ -151,7 +151,7 @@ class Tree:
 
     def route(self, plan: Plan, where: Where, args: list[Any]) -> Route | None:
         """A route to a captured graph that may be replayed, among those that were taken before."""
-        for route in self._routes.get((plan.sizes, where), ()):
+        for route in self._routes.get((plan.sizes, plan.bucket.sizes, where), ()):
             place = route.place
             if (
                 plan.bucket.sizes in place.graphs
@@ -239,7 +239,7 @@ class Tree:
 
     def _fitting(self, plan: Plan, where: Where, args: list[Any]) -> list[Route]:
         """The routes to places with the call's addresses; first those that have a graph for its bucket."""
-        routes, layout = self._routes.setdefault((plan.sizes, where), []), plan.bucket.layout
+        routes, layout = self._routes.setdefault((plan.sizes, plan.bucket.sizes, where), []), plan.bucket.layout
         known = {route.place for route in routes}
         routes += [
             self._route_to(place, plan, where, args)
@@ -362,7 +362,7 @@ class Tree:
         place.graphs[sizes] = graph
         if place not in self.places:
             self.places.append(place)
-        routes = self._routes.setdefault((plan.sizes, where), [])
+        routes = self._routes.setdefault((plan.sizes, plan.bucket.sizes, where), [])
         if route not in routes:
             routes.append(route)
         self._unused[sizes] = self._unused.get(sizes, 0) + 1

@@ -142,7 +142,7 @@ def sharedgraph_lines(result: DemoResult) -> list[str]:
     fallbacks = ", ".join(f"{count} × {reason}" for reason, count in stats["fallbacks"].items())
     rows = [
         ("graphs", f"{stats['graphs']} in {_counted(stats['regions'], 'region')}, {stats['replays']} replays"),
-        ("output memory", f"{format_bytes(pooled)} pooled{_instead_of(pooled, apart)}"),
+        ("output pool", f"{format_bytes(pooled)}, inputs included{_instead_of(pooled, apart)}"),
         ("padded rows", f"{padded_share(stats):.1%} of the {result.unit} that ran"),
         ("fallbacks", fallbacks or "none"),
     ]
