@@ -10,8 +10,8 @@ what it writes. That is looked up at every call, so that no order of calls, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from cudagraph_backend.options import Options
 from cudagraph_backend.output_pool import OutputPool, OutputRange, Span, can_invalidate, can_move_out
 from cudagraph_backend.plan import Plan, Sizes
 from cudagraph_backend.region import Region
-from cudagraph_backend.staging import Reading, StagedCopy
+from cudagraph_backend.staging import Reading, StagedCopy, Staging, prepare
 from cudagraph_backend.torch_internals import addresses_equal, current_step
 
 Where: TypeAlias = "tuple[int | None, ...]"
@@ -82,6 +82,7 @@ class Route:
         in_place: of those that are read where they lie; only their padded rows are written.
         written: those of ``copies`` whose arguments the region changes.
         writes: the bytes of the pool that a call writes.
+        stage: copies ``copies``, and fills the padded rows of these and of ``in_place``.
     """
 
     place: Place
@@ -90,6 +91,7 @@ class Route:
     in_place: tuple[StagedCopy, ...]
     written: tuple[StagedCopy, ...]
     writes: tuple[Span, ...]
+    stage: Staging
 
     def blockers(self, pool: OutputPool) -> list[OutputRange]:
         """The ranges with live outputs that a call would overwrite."""
@@ -102,7 +104,14 @@ class Route:
 class Tree:
     """The places of one region, and the routes to them that calls took."""
 
-    def __init__(self, region: Region, pool: OutputPool, options: Options):
+    def __init__(
+        self,
+        region: Region,
+        pool: OutputPool,
+        options: Options,
+        prepare: Callable[[Sequence[StagedCopy], Sequence[StagedCopy]], Staging] = prepare,
+    ):
+        self._prepare = prepare
         self.places: list[Place] = []
         self.found: dict[tuple[Sizes, int], set[int]] = {}
         self._region = region
@@ -237,7 +246,8 @@ class Tree:
         inputs = bucket_inputs(self._region, plan.bucket.sizes, buffers)
         mutated = {tensor.index for tensor in self._region.inputs if tensor.mutated}
         written = tuple(copy for copy in copies if copy.index in mutated)
-        return Route(place, inputs, tuple(copies), tuple(in_place), written, tuple(writes))
+        staging = self._prepare(copies, in_place)
+        return Route(place, inputs, tuple(copies), tuple(in_place), written, tuple(writes), staging)
 
     # ---- new places and graphs
 
@@ -307,7 +317,7 @@ class Tree:
             writes = [span for span in route.writes if span not in [taken.span for taken in place.outputs]]
             place = Place(place.static_addresses, place.inputs, outputs)
             writes = [*(taken.span for taken in outputs), *writes]
-            route = Route(place, route.inputs, route.copies, route.in_place, route.written, tuple(writes))
+            route = replace(route, place=place, writes=tuple(writes))
         return route
 
     def _ranges(self, place: Place, needs: Sequence[int]) -> tuple[OutputRange, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from cudagraph_backend.staging import StagedCopy, Staging
 
 T = TypeVar("T")
 
@@ -49,6 +52,9 @@ class Driver(Protocol):
 
     def capture(self, run: Callable[[], None]) -> Graph:
         """Capture ``run`` without running it. Raises ``CaptureError``, leaving nothing behind, if it can't be."""
+
+    def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
+        """What stages the arguments of calls that take one route; called for routes that no call may take, too."""
 
     def join(self) -> None:
         """Let the current stream wait for the one that called last, as all calls share memory."""

@@ -7,11 +7,13 @@ was captured with.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from cudagraph_backend.staging import StagedCopy, Staging, prepare
 
 T = TypeVar("T")
 
@@ -76,6 +78,9 @@ class HostDriver:
 
     def capture(self, run: Callable[[], None]) -> HostGraph:
         return HostGraph(run)
+
+    def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
+        return prepare(copies, in_place)
 
     def join(self) -> None:
         """There are no streams."""
