@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from cudagraph_backend.kernels.jobs import BLOCK, MAX_SOURCES
-
-Launch: TypeAlias = "Callable[[int, int, int, Sequence[int]], None]"
-"""Takes the number of programs, the raw stream (the current one), the table's address and ``MAX_SOURCES`` sources'."""
+from cudagraph_backend.kernels.staging import Launch
 
 SOURCES = tuple(f"source{k}" for k in range(MAX_SOURCES))
 _WARPS = 4

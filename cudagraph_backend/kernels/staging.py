@@ -20,6 +20,8 @@ from cudagraph_backend.torch_internals import current_device_index, raw_stream
 
 log = logging.getLogger("cudagraph_backend")
 
+Launch: TypeAlias = "Callable[[int, int, int, Sequence[int]], None]"
+"""Takes the number of programs, the raw stream (the current one), the table's address and ``MAX_SOURCES`` sources'."""
 Key: TypeAlias = "tuple[int, ...]"
 
 _ALIGNMENT = 16
@@ -40,21 +42,25 @@ class DeviceTable:
 
 
 class Launches:
-    """Launches of the staging kernel on one device; the host's part of a launch is what staging mostly costs."""
+    """Launches of the staging kernel on one device; the host's part of a launch is what staging mostly costs.
 
-    def __init__(self, device: torch.device):
+    ``launcher`` makes the function that launches the kernel of so many dims; default: ``stage.cached_launch``.
+    """
+
+    def __init__(self, device: torch.device, launcher: Callable[[int], Launch] | None = None):
         self._device = device
-        self._by_dims: dict[int, Callable[[int, int, int, Sequence[int]], None]] = {}
+        self._launcher = launcher
+        self._by_dims: dict[int, Launch] = {}
         self.works = True
 
     def table(self, listed: Sequence[Job]) -> DeviceTable:
         """Raises whatever goes wrong when the kernel is compiled, or memory is short."""
         made = table(listed)
         if made.dims not in self._by_dims:
-            from cudagraph_backend.kernels.stage import cached_launch
+            from cudagraph_backend.kernels.stage import cached_launch  # here, as a machine may lack Triton
 
             with torch.cuda.device(self._device):
-                self._by_dims[made.dims] = cached_launch(made.dims)
+                self._by_dims[made.dims] = (self._launcher or cached_launch)(made.dims)
         words = torch.tensor(made.words, dtype=torch.int64, device="cpu").to(self._device)
         return DeviceTable(words, words.data_ptr(), made.programs, made.dims, {raw_stream(self._device.index)})
 
