@@ -97,14 +97,14 @@ class Part:
         self._lazy = [copy.index for copy in copies if copy.bucket.dtype in _LAZY]
         self._unused = [0] * (MAX_SOURCES - len(copies))
         self._aligned: DeviceTable | None = None
-        self._misaligned: dict[Key, DeviceTable | None] = {}
+        self._tables: dict[Key, DeviceTable | None] = {}
 
     def __call__(self, args: Sequence[torch.Tensor]) -> None:
         sources = [args[index].data_ptr() for index in self._indices]
         bits = 0
         for address in sources:
             bits |= address
-        found = self._aligned if not bits % _ALIGNMENT else self._misaligned.get(_alignments(sources))
+        found = self._aligned if not bits % _ALIGNMENT else self._tables.get(_alignments(sources))
         if found is None:
             found = self._new_table(sources)
         for index in self._lazy:
@@ -118,7 +118,8 @@ class Part:
     def _new_table(self, sources: Sequence[int]) -> DeviceTable | None:
         """For arguments at addresses of such alignment, if there are not many tables yet."""
         key = _alignments(sources)
-        if key in self._misaligned or len(self._misaligned) == _TABLES:
+        is_aligned = all(alignment == _ALIGNMENT for alignment in key)
+        if key in self._tables or (len(self._tables) >= _TABLES and not is_aligned):
             return None
         listed: list[Job] = []
         for number, copy in enumerate(self._copies):
@@ -126,9 +127,9 @@ class Part:
         for copy in self._in_place:
             listed += jobs(copy, None) or ()
         found = _or_none(self._launches, listed)
-        if all(alignment == _ALIGNMENT for alignment in key):
+        if is_aligned:
             self._aligned = found
-        self._misaligned[key] = found
+        self._tables[key] = found
         return found
 
 

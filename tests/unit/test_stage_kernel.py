@@ -181,6 +181,19 @@ def test_later_calls_bring_other_addresses_of_any_alignment(launches: Interprete
     assert len(launches.tables) == 5
 
 
+def test_a_route_has_few_tables_and_is_staged_right_beyond_them(launches: InterpretedLaunches):
+    memories = [torch.randn(32).view(torch.uint8) for _ in range(2)]
+    buckets = [torch.zeros(12, dtype=torch.uint8) for _ in range(2)]
+    copies = [staged_copy(i, bucket, ((10,), (1,)), (1,), "zero") for i, bucket in enumerate(buckets)]
+    staging = KernelStaging(launches, copies, ())
+    for first, second in [*((a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8)), (0, 0), (16, 0)]:
+        args = [memories[0][first:][:10], memories[1][second:][:10]]
+        staging(args)
+        for bucket, arg in zip(buckets, args, strict=True):
+            assert torch.equal(bucket, torch.cat([arg, torch.zeros(2, dtype=torch.uint8)]))
+    assert (len(launches.tables), launches.count) == (9, 10)
+
+
 def test_more_inputs_than_a_launch_takes_are_several_launches(launches: InterpretedLaunches):
     count = 2 * MAX_SOURCES + 1
     args = [torch.randn(3, 2) for _ in range(count)]
