@@ -39,9 +39,9 @@ class Table:
         self.probed: dict[str, set[int]] = {}
         self.postponed: dict[Sizes, list[str]] = {}
         self.buckets: dict[Sizes, Bucket] = {}
-        self.tree = Tree(region, device.pool, options)
         self._plans: dict[Sizes, Plan | Refusal] = {}
         self._options = options
+        self.tree = self._new_tree()
 
     def plan(self, sizes: Sizes) -> Plan | Refusal:
         """The plan for a call's sizes, or why such calls run the compiled region."""
@@ -90,7 +90,10 @@ class Table:
         self._plans.clear()
         self.postponed.clear()
         self.buckets.clear()
-        self.tree = Tree(self.region, self.device.pool, self._options)
+        self.tree = self._new_tree()
+
+    def _new_tree(self) -> Tree:
+        return Tree(self.region, self.device.pool, self._options, self.device.driver.prepare_staging)
 
     def largest(self, values: Values) -> Values:
         """The sizes to provide memory for: those of the largest bucket, as far as it is known."""

@@ -20,7 +20,7 @@ from cudagraph_backend.outputs import Layout, layout_at, make_outputs
 from cudagraph_backend.payoff import payoff_refusal
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
-from cudagraph_backend.staging import stage, write_back
+from cudagraph_backend.staging import write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
 from cudagraph_backend.tree import Route, Where
 
@@ -117,7 +117,7 @@ class Replayer:
     def _stage(self, table: Table, route: Route, args: list[Any]) -> None:
         if table.device.driver.poison:
             table.device.poison_free_bytes()
-        stage(route.copies, route.in_place, args)
+        route.stage(args)
 
     def _finish(self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any]) -> list[Any]:
         write_back(route.written, args)
@@ -209,7 +209,7 @@ class Replayer:
             return None
 
         def replay() -> None:
-            stage(route.copies, route.in_place, args)
+            route.stage(args)
             graph.replay()
 
         return payoff_refusal(table.device.driver, lambda: self._compiled(list(args)), replay)

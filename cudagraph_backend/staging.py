@@ -6,9 +6,10 @@ Any other one is copied to free bytes of the output pool, which are free again a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeAlias
 
 import torch
 
@@ -130,12 +131,18 @@ class StagedCopy:
         source: size and stride to view the argument with before copying, so that entries which share an address are
             copied once; ``None``: as it is.
         fills: padded rows, and what they are filled with: entries of the buffer (broadcast) or a number.
+        bucket: all rows of the buffer; ``real`` is their beginning.
+        row_entries: per dim, how many consecutive entries make a row.
+        fill: what padded rows hold.
     """
 
     index: int
     real: torch.Tensor
     source: Shape | None
     fills: tuple[tuple[torch.Tensor, torch.Tensor | float], ...]
+    bucket: torch.Tensor
+    row_entries: tuple[int, ...]
+    fill: Fill
 
     def span(self, args: Sequence[torch.Tensor]) -> Span:
         """The addresses that the argument reaches."""
@@ -143,6 +150,15 @@ class StagedCopy:
 
     def argument(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.source is None else tensor.as_strided(*self.source)
+
+
+Staging: TypeAlias = "Callable[[Sequence[torch.Tensor]], None]"
+"""Stages the arguments of a call; made once for all calls with the same sizes, strides and places."""
+
+
+def prepare(copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
+    """By operators of torch, on any device."""
+    return partial(stage, copies, in_place)
 
 
 def stage(copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
@@ -175,9 +191,10 @@ def staged_copy(index: int, buffer: torch.Tensor, real: Shape, row_entries: Sequ
     source = None if once == real else once
     if overlaps_itself(size, stride):
         assert tuple(buffer.shape) == tuple(size), "an input that overlaps itself is never padded"
-        return StagedCopy(index, buffer.as_strided(*once), source, ())
+        flat = buffer.as_strided(*once)
+        return StagedCopy(index, flat, source, (), flat, (1,), fill)
     fills = tuple(_fills(buffer, once[0], row_entries, fill))
-    return StagedCopy(index, _narrowed(buffer, once[0]), source, fills)
+    return StagedCopy(index, _narrowed(buffer, once[0]), source, fills, buffer, tuple(row_entries), fill)
 
 
 def _fills(

@@ -373,6 +373,16 @@ def generator_state_apart(device: torch.device) -> Iterator[None]:
         generator.graphsafe_set_state(state)
 
 
+def raw_stream(device_index: int) -> int:
+    """The device's current stream as the driver's handle."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def current_device_index() -> int:
+    """Of the current CUDA device, without ``torch.cuda``'s look whether CUDA is initialised."""
+    return torch._C._cuda_getDevice()
+
+
 def clear_cublas_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 

@@ -11,7 +11,7 @@ what it writes. That is looked up at every call, so that no order of calls, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ from cudagraph_backend.output_pool import OutputPool, OutputRange, can_invalidat
 from cudagraph_backend.plan import Plan, Sizes
 from cudagraph_backend.region import Region
 from cudagraph_backend.spans import Span, meets, merged
-from cudagraph_backend.staging import Reading, StagedCopy, byte_span, is_aligned
+from cudagraph_backend.staging import Reading, StagedCopy, Staging, byte_span, is_aligned, prepare
 from cudagraph_backend.torch_internals import addresses_equal, current_step
 
 Where: TypeAlias = "tuple[int | None, ...]"
@@ -87,6 +87,7 @@ class Route:
         writes: the bytes of the pool that a call writes.
         fixed: where the other arguments are, static or read in place, as merged spans of addresses; those that the
             region changes in ``fixed_written``. Both are empty for a region that changes none.
+        stage: copies ``copies``, and fills the padded rows of these and of ``in_place``.
     """
 
     place: Place
@@ -97,6 +98,7 @@ class Route:
     writes: tuple[Span, ...]
     fixed: list[Span]
     fixed_written: list[Span]
+    stage: Staging
 
     def takes_apart(self, args: Sequence[Any]) -> bool:
         """Whether an argument that the region changes meets another one in memory, and one of them is copied.
@@ -125,7 +127,14 @@ class Route:
 class Tree:
     """The places of one region, and the routes to them that calls took."""
 
-    def __init__(self, region: Region, pool: OutputPool, options: Options):
+    def __init__(
+        self,
+        region: Region,
+        pool: OutputPool,
+        options: Options,
+        prepare: Callable[[Sequence[StagedCopy], Sequence[StagedCopy]], Staging] = prepare,
+    ):
+        self._prepare = prepare
         self.places: list[Place] = []
         self.found: dict[tuple[Sizes, int], set[int]] = {}
         self._region = region
@@ -275,6 +284,7 @@ class Tree:
             tuple(writes),
             merged(byte_span(args[index]) for index in fixed),
             merged(byte_span(args[index]) for index in fixed if index in mutated),
+            self._prepare(copies, in_place),
         )
 
     # ---- new places and graphs

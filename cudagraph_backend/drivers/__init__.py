@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from cudagraph_backend.staging import StagedCopy, Staging
 
 T = TypeVar("T")
 
@@ -56,6 +59,9 @@ class Driver(Protocol):
 
     def seconds(self, run: Callable[[], object]) -> float | None:
         """How long a run takes until it is done on the device; ``None``, and no run, where that tells nothing."""
+
+    def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
+        """What stages the arguments of calls that take one route; called for routes that no call may take, too."""
 
     def join(self) -> None:
         """Let the current stream wait for the one that called last, as all calls share memory."""

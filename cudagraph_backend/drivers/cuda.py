@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from cudagraph_backend.errors import CaptureError
+from cudagraph_backend.kernels.staging import KernelStaging, Launches
+from cudagraph_backend.staging import StagedCopy, Staging
 from cudagraph_backend.torch_internals import (
     clear_cublas_workspaces,
     current_stream,
@@ -133,6 +135,7 @@ class CudaDriver:
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._memory: MemoryPool | None = None
+        self._launches = Launches(device)
         self._last: tuple[int, int, int] | None = None
         self._last_stream: torch.cuda.Stream | None = None
 
@@ -207,6 +210,9 @@ class CudaDriver:
         run()
         torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
+
+    def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
+        return KernelStaging(self._launches, copies, in_place)
 
     def join(self) -> None:
         current = current_stream(self.device)

@@ -7,11 +7,13 @@ was captured with.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from cudagraph_backend.staging import StagedCopy, Staging, prepare
 
 T = TypeVar("T")
 
@@ -81,6 +83,9 @@ class HostDriver:
 
     def seconds(self, run: Callable[[], object]) -> None:
         """Nothing is faster here than the plain call: graphs on the host are there for tests."""
+
+    def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
+        return prepare(copies, in_place)
 
     def join(self) -> None:
         """There are no streams."""

@@ -1,0 +1,1 @@
+"""Triton kernels of our own, and what prepares their launches."""
