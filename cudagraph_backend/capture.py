@@ -15,6 +15,7 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.outputs import (
     Layout,
     Pooled,
+    apart_refusal,
     copy_out,
     detached,
     handed_back,
@@ -33,13 +34,16 @@ def with_static(inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     return [arg if own is None else own for arg, own in zip_longest(args, inputs)]
 
 
-def run_once(table: Table, inputs: Sequence[Any]) -> list[Any] | Refusal:
-    """The results of the bucket, or a refusal if there is no memory to run it and nothing was changed yet."""
+def run_once(table: Table, route: Route, inputs: Sequence[Any]) -> list[Any] | Refusal:
+    """The results of the bucket, or a refusal if there is no memory to run it and nothing was changed yet.
+
+    A backward may have overwritten what it was given, if that was read in place.
+    """
     try:
         with table.allocations.run({}):
             return list(table.device.driver.run_once(lambda: table.run(list(inputs))))
     except torch.OutOfMemoryError:
-        if table.region.has_effects:
+        if table.region.has_effects or (table.region.kind == "backward" and route.in_place):
             raise
         return Refusal("no memory to run a padded bucket")
 
@@ -66,7 +70,7 @@ def provide(table: Table, plan: Plan, results: Sequence[Any], inputs: Sequence[A
         return no_memory(error)
     bucket.layout = layout
     plan.layout = layout_at(region, layout, region.values(plan.sizes))
-    return route
+    return apart_refusal(plan.layout) or route
 
 
 def record(table: Table, bucket: Bucket, results: list[Any], inputs: Sequence[Any], place: Place) -> Graph:

@@ -23,7 +23,7 @@ class Device:
         self.driver = driver
         self.lock = threading.RLock()
         self._calls = 0
-        self.pool = pool or OutputPool(driver.new_memory())
+        self.pool = pool or OutputPool(driver.new_memory(), driver.share)
 
     def __enter__(self) -> bool:
         """One thread at a time; whether this is a call from within another one, made by an operator of that region."""

@@ -47,7 +47,9 @@ class Table:
         """The plan for a call's sizes, or why such calls run the compiled region."""
         plan = self._plans.get(sizes)
         if plan is None:
-            plan = self._plans[sizes] = self.plan_without((), sizes)
+            plan = self.plan_without((), sizes)
+            if plan is not TOO_MANY_GRAPHS:  # not remembered, as others may make room
+                self._plans[sizes] = plan
         return plan
 
     def refuse(self, sizes: Sizes, refusal: Refusal) -> None:
@@ -114,7 +116,7 @@ class Table:
         values, padded = self.region.values(sizes), self.region.values(chosen)
         if any(t.mutated and overlaps_itself(*shape_at(t, values)) for t in self.region.staged):
             return Refusal("an input that is written in place overlaps itself in memory")
-        if chosen not in self.buckets and self.tree.is_full():
+        if chosen not in self.buckets and not self.tree.has_room():
             return TOO_MANY_GRAPHS
         bucket = self.buckets.setdefault(chosen, Bucket(chosen))
         if bucket.refusal is not None:

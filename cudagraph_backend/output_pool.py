@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from threading import get_ident
 from weakref import WeakValueDictionary
 
 import torch
@@ -39,7 +40,7 @@ class Loan:
         region: the region's name.
         outputs: (output index, first byte, one past the last byte) per output, relative to the range.
         sources: the source line of each of them, where it is known.
-        is_saved: whether a backward may need them (those of a forward region).
+        is_saved: whether autograd may hold them: those of forward and backward regions.
     """
 
     region: str
@@ -62,10 +63,11 @@ class Loan:
 class RangeStorage:
     """A storage over the beginning of a range. Outputs of one size are made on it; it knows whether any is left."""
 
-    __slots__ = ("_idle_holders", "_idle_users", "storage")
+    __slots__ = ("_idle_holders", "_idle_users", "address", "nbytes", "storage")
 
     def __init__(self, storage: torch.UntypedStorage):
         self.storage = storage
+        self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
         self._idle_users = self._idle_holders = 0
 
     def lend(self) -> torch.UntypedStorage:
@@ -73,6 +75,10 @@ class RangeStorage:
         self._idle_users = storage_users(self.storage._cdata)
         self._idle_holders = self._holders()
         return self.storage
+
+    def is_in_place(self) -> bool:
+        """Whether the storage still has the range's memory: ``share_memory_`` and ``resize_`` give it another one."""
+        return self.storage.data_ptr() == self.address and self.storage.nbytes() == self.nbytes
 
     def is_in_use(self) -> bool:
         """Whether a tensor, a view or an export, or the storage object itself, is held by somebody else."""
@@ -86,16 +92,17 @@ class OutputRange:
     """Bytes of the pool that outputs are written to.
 
     Each size of output has a storage of its own over the range's beginning, made once and lent at every call.
-    ``loan`` and ``step`` are those of the output lent last.
+    ``loan``, ``step`` and ``thread`` (the one that called) are those of the output lent last.
     """
 
-    __slots__ = ("__weakref__", "_lent", "_storages", "loan", "nbytes", "offset", "step")
+    __slots__ = ("__weakref__", "_lent", "_storages", "loan", "nbytes", "offset", "step", "thread")
 
     def __init__(self, offset: int, nbytes: int):
         self.offset = offset
         self.nbytes = nbytes
         self.loan: Loan | None = None
         self.step: Step = (0, 0)
+        self.thread = 0
         self._storages: dict[int, RangeStorage] = {}
         self._lent: RangeStorage | None = None
 
@@ -122,8 +129,10 @@ _offset, _end = attrgetter("offset"), attrgetter("end")
 class OutputPool:
     """Hands out ranges of one growing memory: the first bytes that are free, where other ranges may lie too."""
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Memory, share: Callable[[torch.UntypedStorage], None] = lambda moved: None):
+        """``share`` is called with the memory of every output that is moved out, and its new content under way."""
         self._memory = memory
+        self._share = share
         self._ranges: WeakValueDictionary[Span, OutputRange] = WeakValueDictionary()
         self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
         self._lent: list[OutputRange] = []  # those that may be live, by offset; no two of them overlap
@@ -207,13 +216,14 @@ class OutputPool:
     def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> torch.UntypedStorage:
         """A storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
         lent = taken._storages.get(nbytes)
-        if lent is None:
+        if lent is None or not lent.is_in_place():
             lent = taken._storages[nbytes] = RangeStorage(self.bytes(taken.offset, nbytes).untyped_storage())
             self._by_storage[lent.storage._cdata] = taken
         if not self._is_listed(taken):
-            assert not self.live_in(taken.span)
+            live = self.live_in(taken.span)  # dead ones there are not listed any more
+            assert not live
             self._lent.insert(bisect_left(self._lent, taken.offset, key=_offset), taken)
-        taken._lent, taken.loan, taken.step = lent, loan, step
+        taken._lent, taken.loan, taken.step, taken.thread = lent, loan, step, get_ident()
         return lent.lend()
 
     def _is_listed(self, taken: OutputRange) -> bool:
@@ -223,16 +233,21 @@ class OutputPool:
     def holder(self, storage: torch.UntypedStorage) -> OutputRange | None:
         """The range whose live outputs are on this storage."""
         taken = self._by_storage.get(storage._cdata)
-        return taken if taken is not None and taken._lent is taken._storages.get(storage.nbytes()) else None
+        lent = None if taken is None else taken._lent
+        return taken if lent is not None and lent.storage._cdata == storage._cdata and lent.is_in_place() else None
 
     def move_out(self, taken: OutputRange) -> torch.UntypedStorage:
         """Give a live output memory of its own, with its bytes; all tensors on it follow. The range is then free.
 
         Memory exported through DLPack or NumPy does not follow: it stays on the range. Returns the output's storage.
         """
-        output = self._take_back(taken)
+        assert taken._lent is not None
         with outside_inference_mode():
-            moved = output.clone()
+            moved = taken._lent.storage.clone()  # first: there may be no memory for it
+        self._share(moved)
+        output = self._take_back(taken)
+        if output.nbytes() != moved.nbytes() or output.data_ptr() != self.address + taken.offset:
+            return output  # its memory is another one already
         swap_memory(output, moved)
         # The storage that was made for the copy has the range's memory now.
         taken._storages[moved.nbytes()] = RangeStorage(moved)
@@ -258,7 +273,8 @@ class OutputPool:
         """The storage of a live output, which the pool forgets."""
         assert taken._lent is not None
         storage = taken._lent.storage
-        del taken._storages[storage.nbytes()], self._by_storage[storage._cdata]
+        taken._storages.pop(taken._lent.nbytes, None)
+        self._by_storage.pop(storage._cdata, None)
         taken._lent = taken.loan = None
         self._lent.remove(taken)
         return storage

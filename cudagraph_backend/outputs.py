@@ -198,6 +198,15 @@ def _real_rows(
     return replace(entry, view=replace(bucket, size=size, stride=bucket.stride if stride is None else stride))
 
 
+def apart_refusal(layout: Layout) -> Refusal | None:
+    """A refusal if outputs that share memory would each be copied compactly, and not share it any more."""
+    pooled = [entry.range for entry in layout.entries if isinstance(entry, (Pooled, Compacted))]
+    compacted = {entry.range for entry in layout.entries if isinstance(entry, Compacted)}
+    if any(pooled.count(index) > 1 for index in compacted):
+        return Refusal("outputs that share memory have padded rows between their real ones")
+    return None
+
+
 def range_nbytes_at(region: Region, bucket: Layout, values: Values) -> tuple[int, ...]:
     """Bytes that a bucket of other sizes will need of each range."""
     entries: list[Entry] = []
@@ -285,4 +294,4 @@ def _layout(region: Region, entries: Sequence[Entry]) -> Layout:
 def _loan(region: Region, extents: Sequence[tuple[int, int, int]]) -> Loan:
     known = [region.outputs[index] for index, _, _ in extents]
     sources = tuple(output.source if isinstance(output, TensorOutput) else None for output in known)
-    return Loan(region.name, tuple(extents), sources, is_saved=region.kind == "forward")
+    return Loan(region.name, tuple(extents), sources, is_saved=region.kind != "inference")

@@ -16,7 +16,7 @@ from cudagraph_backend.dispatch import Table
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
 from cudagraph_backend.options import Options
-from cudagraph_backend.outputs import Layout, layout_at, make_outputs
+from cudagraph_backend.outputs import Layout, apart_refusal, layout_at, make_outputs
 from cudagraph_backend.payoff import payoff_refusal
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
@@ -170,6 +170,9 @@ class Replayer:
             return refusal if refusal is not None else self._capture(table, plan, where, route, args)
         assert plan.bucket.layout is not None
         plan.layout = layout_at(self.region, plan.bucket.layout, self.region.values(plan.sizes))
+        if (refusal := apart_refusal(plan.layout)) is not None:
+            table.refuse(plan.sizes, refusal)
+            return refusal
         self._stage(table, route, args)
         graph.replay()
         return self._finish(table, plan, plan.layout, route, args)
@@ -177,13 +180,15 @@ class Replayer:
     def _capture(self, table: Table, plan: Plan, where: Where, route: Route, args: list[Any]) -> list[Any] | Refusal:
         self._stage(table, route, args)
         inputs = capture.with_static(route.inputs, args)
-        results = capture.run_once(table, inputs)
+        results = capture.run_once(table, route, inputs)
         if isinstance(results, Refusal):
             table.refuse(plan.sizes, results)
             return results
         provided = capture.provide(table, plan, results, inputs, route)
         if isinstance(provided, Refusal):
             table.refuse(plan.sizes, provided)
+            if not self.region.has_effects and self.region.kind != "backward":
+                return provided  # the run has changed nothing
             write_back(route.written, args)
             self._count(provided)
             return capture.detached_outputs(table, plan, args, inputs, results)
@@ -238,9 +243,9 @@ class Replayer:
         self._make_known()
         device = self._find_device(self.region.device)
         with device.lock:
-            if self.table is None:
-                self.table = Table(self.region, self.options, device, self._compiled)
-            return self.table
+            table = self.table or Table(self.region, self.options, device, self._compiled)
+            self.table = table
+            return table
 
     def _make_known(self) -> None:
         """After a reset only regions that are called again are reported."""

@@ -341,8 +341,9 @@ def forbid_access(storage: torch.UntypedStorage, message: str) -> None:
         return
     forbidden = _forbidden(message)
     for tensor in [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]:
-        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata == storage._cdata:
-            tensor.__class__ = forbidden
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # not every tensor has a storage
+            if tensor.untyped_storage()._cdata == storage._cdata:
+                tensor.__class__ = forbidden
 
 
 def _forbidden(message: str) -> type[torch.Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any, TypeAlias
 
 import torch
@@ -32,7 +33,7 @@ Where: TypeAlias = "tuple[int | None, ...]"
 ``None``: the argument is copied."""
 
 TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
-_ADDRESSES_MOVE = Refusal("static inputs keep moving to new addresses")
+_ADDRESSES_MOVE = Refusal("arguments keep moving to new addresses")
 _LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
 
 _UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets of parameters before any is met again
@@ -40,6 +41,8 @@ _PLACES = 128
 _IDLE_CALLS = 1000  # after that many calls of the region elsewhere, a place may make room for another one
 _FOUND_PER_INPUT = 8
 _CACHES_PER_INPUT = 2
+_FOUND_OFTEN = 8
+_FOUND_REMEMBERED = 256
 _CLEARED_OFTEN = 8
 _OLDER_OUTPUTS_KEPT = 4  # sets of outputs, where they can't be moved out
 
@@ -136,7 +139,7 @@ class Tree:
     ):
         self._prepare = prepare
         self.places: list[Place] = []
-        self.found: dict[tuple[Sizes, int], set[int]] = {}
+        self.found: dict[tuple[Sizes, int], Counter[int]] = {}
         self._region = region
         self._static = region.static
         self._pool = pool
@@ -169,7 +172,8 @@ class Tree:
             ):
                 self._calls += 1
                 place.used = self._calls
-                self._unused[plan.bucket.sizes] = 0
+                if self._unused[plan.bucket.sizes]:
+                    self._unused[plan.bucket.sizes] = 0
                 return route
         return None
 
@@ -193,11 +197,14 @@ class Tree:
         return tuple(where)
 
     def _few(self, sizes: Sizes, index: int, offset: int, most: int) -> int | None:
-        """The offset, unless graphs read this input at many others already: it is copied then."""
-        found = self.found.setdefault((sizes, index), set())
-        if len(found) < most:
-            found.add(offset)
-        return offset if offset in found else None
+        """The offset, unless graphs read this input at many others already: then it must be met often, or is copied."""
+        found = self.found.setdefault((sizes, index), Counter())
+        if len(found) > _FOUND_REMEMBERED:
+            found.clear()
+        if offset not in found and len(found) < most:
+            found[offset] = _FOUND_OFTEN
+        found[offset] += 1
+        return offset if found[offset] > _FOUND_OFTEN else None
 
     def new_route(self, plan: Plan, where: Where, args: list[Any]) -> Route | Refusal:
         """A route to a place where nothing is alive in what is written, or nothing any more.
@@ -212,10 +219,14 @@ class Tree:
             blockers = route.blockers(self._pool)
             if not blockers:
                 return route
-            if all(t.step != current_step() and not any(t.offset <= at < t.end for at in read) for t in blockers):
+            if all(self._may_go(taken, read) for taken in blockers):
                 older.append(route)
         try:
             for route in older:
+                if plan.bucket.sizes not in route.place.graphs:
+                    refusal = self.refused_capture(plan, where, route.place)
+                    if refusal is not None:
+                        return refusal
                 is_often = route.place.cleared[plan.bucket.sizes] >= _CLEARED_OFTEN and not self.is_full()
                 if not (is_often and len(older) == 1) and self._clear(route.blockers(self._pool), args):
                     route.place.cleared[plan.bucket.sizes] += 1
@@ -225,6 +236,14 @@ class Tree:
             return self._route_to(self._new_place(plan, where, args), plan, where, args)
         except torch.OutOfMemoryError as error:
             return no_memory(error)
+
+    def _may_go(self, taken: OutputRange, read: Sequence[int]) -> bool:
+        """Whether a live output may be moved out, or invalidated: not one of this step, nor what the call reads there.
+
+        Nor one of another thread, which may be reading it at this moment: steps are counted for all threads together.
+        """
+        is_older = taken.step != current_step() and taken.thread == get_ident()
+        return is_older and not any(taken.offset <= offset < taken.end for offset in read)
 
     def _offsets_read(self, where: Where, args: Sequence[Any]) -> list[int]:
         """Where in the pool, or outside of it, arguments are that must stay there: those that are not copied."""
@@ -269,7 +288,7 @@ class Tree:
         for reading, found, (first, _) in zip(plan.readings, where, place.inputs, strict=True):
             buffers[reading.index] = buffer = reading.buffer(self._pool, first)
             (copies if found is None else in_place).append(reading.copy_to(buffer))
-            if found is None:
+            if found is None and reading.nbytes:
                 writes.append((first, first + reading.nbytes))
         inputs = bucket_inputs(self._region, plan.bucket.sizes, buffers)
         copied = {copy.index for copy in copies}
@@ -316,7 +335,7 @@ class Tree:
         After many captures that no call made use of, addresses must be met twice to be captured.
         """
         self._calls += 1
-        if self.is_full():
+        if not self.has_room():
             return TOO_MANY_GRAPHS
         if place not in self.places and len(self.places) >= _PLACES and not self._drop_idle_place():
             return _ADDRESSES_MOVE
@@ -331,8 +350,8 @@ class Tree:
         return _ADDRESSES_MOVE
 
     def _drop_idle_place(self) -> bool:
-        idle = min(self.places, key=lambda place: place.used)
-        if self._calls - idle.used < _IDLE_CALLS:
+        idle = min(self.places, key=lambda place: place.used, default=None)
+        if idle is None or self._calls - idle.used < _IDLE_CALLS:
             return False
         self.places.remove(idle)
         for key, routes in self._routes.items():
@@ -381,6 +400,10 @@ class Tree:
         """Those of one bucket."""
         for place in self.places:
             place.graphs.pop(sizes, None)
+
+    def has_room(self) -> bool:
+        """Whether one more graph may be held; those of a place that is idle for long make room."""
+        return not self.is_full() or self._drop_idle_place()
 
     def is_full(self) -> bool:
         return self.graph_count() >= self._options.max_graphs

@@ -136,8 +136,7 @@ class CudaDriver:
         self._stream = torch.cuda.Stream(device)
         self._memory: MemoryPool | None = None
         self._launches = Launches(device)
-        self._last: tuple[int, int, int] | None = None
-        self._last_stream: torch.cuda.Stream | None = None
+        self._streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}  # that called
 
     def new_memory(self) -> CudaMemory:
         return CudaMemory(self.device)
@@ -190,15 +189,15 @@ class CudaDriver:
             graph.capture_end()
         end_failed_capture(self.device, memory.pool.id)
         self._memory = None
-        self._open_pool()
+        self._open_pool(draws=True)
 
-    def _open_pool(self) -> MemoryPool:
+    def _open_pool(self, *, draws: bool = False) -> MemoryPool:
         """The memory pool, made at the first use, on the capture stream."""
         if self._memory is None:
             pool, anchor, scrap = torch.cuda.MemPool(), torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
             torch.cuda.synchronize(self.device)
             memory = MemoryPool(pool, anchor)
-            self._begin(anchor, memory, draws=False)
+            self._begin(anchor, memory, draws=draws)
             scrap.add_(1)  # an empty graph would be warned about; this one is never replayed
             anchor.capture_end()
             self._memory = memory
@@ -216,11 +215,21 @@ class CudaDriver:
 
     def join(self) -> None:
         current = current_stream(self.device)
-        if current != self._last:
-            stream = torch.cuda.current_stream(self.device)
-            if self._last_stream is not None:
-                stream.wait_stream(self._last_stream)
-            self._last, self._last_stream = current, stream
+        if current not in self._streams:
+            self._streams[current] = torch.cuda.current_stream(self.device)
+        if len(self._streams) > 1:
+            for other in self._others(current):
+                self._streams[current].wait_stream(other)
+
+    def share(self, moved: torch.UntypedStorage) -> None:
+        current = current_stream(self.device)
+        tensor = torch.empty(0, dtype=torch.uint8, device=self.device).set_(moved)
+        for other in self._others(current):
+            other.wait_stream(torch.cuda.current_stream(self.device))
+            tensor.record_stream(other)
+
+    def _others(self, current: tuple[int, int, int]) -> list[torch.cuda.Stream]:
+        return [stream for key, stream in self._streams.items() if key != current]
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

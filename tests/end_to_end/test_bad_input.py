@@ -92,7 +92,7 @@ def test_tensor_subclasses(device):
 def test_a_failing_capture_still_answers(device, monkeypatch):
     """The call that was to capture has its values already; later ones run the compiled region."""
 
-    def fail(self, run):
+    def fail(self, run, *, draws):
         raise sg.CaptureError("the driver says no")
 
     driver = type(sg.sharedgraph.device(device).driver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_a_view_of_one_of_two_parameters_that_may_be_tied(device):
 
 
 def test_a_failing_capture_under_strict_writes_back_first(device, monkeypatch):
-    def fail(self, run):
+    def fail(self, run, *, draws):
         raise sg.CaptureError("no")
 
     monkeypatch.setattr(type(sg.sharedgraph.device(device).driver), "capture", fail)
@@ -216,3 +217,150 @@ def test_another_layout_in_one_bucket_is_refused(device):
         linear.weight.data = torch.randn(4, 4, device=device)
         torch.testing.assert_close(f(x), linear(x))
     assert any("outputs lie elsewhere" in reason for reason in sg.stats().fallbacks)
+
+
+needs_move = pytest.mark.skipif(
+    not hasattr(torch.UntypedStorage, "_swap_data_ptr_"), reason="torch before 2.12 can't move a live output"
+)
+
+
+def rows(n, device, **bounds):
+    x = torch.randn(n, 64, device=device)
+    torch._dynamo.mark_dynamic(x, 0, **(bounds or {"min": 2, "max": 64}))
+    return x
+
+
+@needs_move
+def test_no_memory_to_move_an_output_out(device, monkeypatch):
+    f, x = compiled(lambda x: x * 2), rows(6, device)
+
+    def full(self):
+        raise torch.OutOfMemoryError("full")
+
+    with torch.no_grad():
+        y = f(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.UntypedStorage, "clone", full)
+            torch.testing.assert_close(f(rows(6, device)).shape, y.shape)
+        f(rows(6, device))
+    torch.testing.assert_close(y, x * 2)
+
+
+def test_outputs_of_another_thread_stay_where_they_are(device):
+    """It may be reading them at this moment, and steps are counted for all threads together."""
+    f, x = compiled(lambda x: x * 2), rows(6, device)
+    with torch.no_grad():
+        f(rows(6, device))
+        y = f(x)
+        address = y.data_ptr()
+
+        def other():
+            with torch.no_grad():
+                for _ in range(3):
+                    z = rows(6, device)
+                    torch.testing.assert_close(f(z), z * 2)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert y.data_ptr() == address
+    torch.testing.assert_close(y, x * 2)
+    assert sg.stats().outputs_moved_out == 0
+
+
+def test_an_output_whose_memory_was_shared_with_other_processes(device):
+    if device.type != "cpu":
+        pytest.skip("tensors on a GPU stay where they are when they are shared")
+    f, g = compiled(lambda x: x * 2), compiled(lambda x: x + 1)
+    with torch.no_grad():
+        for _ in range(3):
+            x = rows(6, device)
+            y = f(x)
+            y.share_memory_()
+            torch.testing.assert_close(y, x * 2)
+            z = rows(6, device)
+            torch.testing.assert_close(f(z), z * 2)
+            torch.testing.assert_close(g(y), x * 2 + 1)
+            torch.testing.assert_close(y, x * 2)
+
+
+def test_an_empty_output_that_the_user_resizes(device):
+    f = compiled(lambda x: (x * 2, x.new_zeros(0)))
+    with torch.no_grad():
+        kept = []
+        for _ in range(4):
+            x = rows(6, device)
+            y, empty = f(x)
+            torch.testing.assert_close(y, x * 2)
+            assert empty.shape == (0,)
+            if device.type == "cpu":
+                kept.append(empty.resize_(10).fill_(3))
+    assert all((tensor == 3).all() for tensor in kept)
+
+
+def test_outputs_that_share_memory_share_it_when_they_are_padded(device):
+    def function(a):
+        b = a + 7
+        return b, b.t()
+
+    f = compiled(function)
+    with torch.no_grad():
+        for n in (5, 6, 5, 9):
+            a = torch.randn(4, n, device=device).t()
+            torch._dynamo.maybe_mark_dynamic(a, 0)
+            b, transposed = f(a)
+            torch.testing.assert_close(b, a + 7)
+            b.add_(1)
+            torch.testing.assert_close(transposed, b.t())
+
+
+def test_nothing_is_invalidated_for_a_graph_that_is_not_captured(device):
+    options = {"on_overwrite": "error", "max_graphs": 2}
+    f = torch.compile(lambda x: x + 1, backend="sharedgraph", options=options)
+    with torch.no_grad():
+        f(rows(5, device, min=2, max=1 << 20))
+        f(rows(20, device, min=2, max=1 << 20))
+        x = rows(20, device, min=2, max=1 << 20)
+        older = f(x)
+        torch.compiler.cudagraph_mark_step_begin()
+        kept = f(rows(5, device, min=2, max=1 << 20))
+        for _ in range(2):
+            y = rows(5, device, min=2, max=1 << 20)
+            torch.testing.assert_close(f(y), y + 1)  # one is alive in this step: there is no graph for it
+        torch.testing.assert_close(older, x + 1)
+    assert kept.shape == (5, 64)
+    assert sg.stats().graphs == 2
+
+
+def test_no_memory_for_a_backward_that_has_used_up_its_arguments(device, monkeypatch):
+    """It can't be run again on what it has overwritten."""
+    linear = nn.Linear(64, 4, device=device)
+    f = compiled(lambda x: linear(x).tanh().sin())
+    driver = type(sg.sharedgraph.device(device).driver)
+    run_once = driver.run_once
+
+    def late(self, run):
+        run_once(self, run)
+        raise torch.OutOfMemoryError("late")
+
+    y = f(rows(6, device))
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "run_once", late)
+        with pytest.raises(torch.OutOfMemoryError, match="late"):
+            y.sum().backward()
+    x = rows(6, device)
+    (got,) = torch.autograd.grad(f(x).sum(), [linear.weight])
+    (expected,) = torch.autograd.grad(linear(x).tanh().sin().sum(), [linear.weight])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_accumulate_under_on_overwrite_error(device):
+    """What autograd holds is no output that the user could clone."""
+    ours, eager = nn.Linear(64, 4, device=device), nn.Linear(64, 4, device=device)
+    eager.load_state_dict(ours.state_dict())
+    f = torch.compile(lambda x: ours(x).tanh(), backend="sharedgraph", options={"on_overwrite": "error"})
+    for _ in range(3):
+        x = rows(6, device)
+        f(x).sum().backward()
+        eager(x).tanh().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, eager.weight.grad, rtol=1e-4, atol=1e-5)
