@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +254,34 @@ def test_without_tqdm_it_is_logged(device, monkeypatch, caplog):
     told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("warmup")]
     assert [line.partition(":")[2].partition(":")[0] for line in told] == [" size 8", " size 2"]
     assert all(line.endswith("MiB held, 1 captures") for line in told)
+
+
+def test_a_bar_tells_sizes_seconds_and_memory(device, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **settings):
+            self.total, self.told, self.closed = total, [], False
+            bars.append(self)
+
+        def set_postfix_str(self, text, refresh):
+            self.told.append(text)
+
+        def update(self):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=Bar))
+    sg.warmup(compiled(lambda x: x * 2), (marked(3, 4, device=device),), [8, 2])
+    (bar,) = bars
+    assert (bar.total, bar.closed) == (2, True)
+    assert all(re.fullmatch(r"size [82]: \d+\.\d\d s, \d+\.\d MiB held", told) for told in bar.told)
+    assert len(bar.told) == 2
 
 
 def test_memory_of_executables_is_in_the_records(device, monkeypatch):

@@ -9,7 +9,7 @@ from tests.end_to_end.test_warmup import *  # noqa: F403
 del test_memory_of_executables_is_in_the_records  # noqa: F821  # of executables of the host driver
 
 
-def test_smaller_sizes_add_nothing_to_pool_and_scratch(device):
+def test_smaller_sizes_reuse_pool_and_scratch(device):
     model = nn.Sequential(nn.Linear(256, 4096), nn.GELU(), nn.Linear(4096, 256)).to(device)
     x = torch.randn(3, 256, device=device)
     torch._dynamo.mark_dynamic(x, 0, min=2, max=512)
@@ -17,8 +17,9 @@ def test_smaller_sizes_add_nothing_to_pool_and_scratch(device):
         warmed = sg.warmup(torch.compile(model, backend="sharedgraph"), (x,))
     assert warmed[0].size == 512
     assert len(warmed) > 40
-    assert warmed[0].memory_pool_bytes > 0
-    assert {w.memory_pool_bytes for w in warmed} == {warmed[0].memory_pool_bytes}
+    assert warmed[0].memory_pool_bytes >= 512 * 4096 * 4
+    # The allocator keeps what is smaller than 1 MiB in segments of 2 MiB of their own; sizes up to 64 are.
+    assert warmed[-1].memory_pool_bytes - warmed[0].memory_pool_bytes <= 2 << 20
     assert {w.output_pool_bytes for w in warmed} == {warmed[0].output_pool_bytes}
     executables = [w.executable_bytes for w in warmed]
     assert executables == sorted(executables)
