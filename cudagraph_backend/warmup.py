@@ -8,23 +8,20 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from cudagraph_backend import buckets, torch_internals
 from cudagraph_backend.backend import sharedgraph
 from cudagraph_backend.errors import WarmupError
+from cudagraph_backend.example import Axis, ExampleCall, Size
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.report import stats_of
-from cudagraph_backend.torch_internals import Bounds
 
 log = logging.getLogger("cudagraph_backend")
-
-Size: TypeAlias = "tuple[int, ...]"
-"""One size per axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ class WarmedSize:
 def warmup(
     fn: Callable[..., Any],
     inputs: Sequence[Any] | Mapping[str, Any],
-    sizes: Iterable[int] | Iterable[tuple[int, ...]] | None = None,
+    sizes: Collection[int] | Collection[tuple[int, ...]] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
     backward: bool = False,
@@ -94,14 +91,14 @@ def warmup(
         WarmupError: what changes, or up to what size, can't be told; a size that the marks don't allow; ``fn`` calls
             nothing that this backend compiled; ``backward`` without outputs that need gradients.
     """
-    call = _Call.of(fn, inputs, kwargs, backward)
+    call = ExampleCall.of(fn, inputs, kwargs, backward)
     given = None if sizes is None else _checked(sizes, call.axes)
     with _random_states_kept(call):
         chosen = _default_sizes(call) if given is None else given
         return tuple(_warm_up(call, sorted(chosen, key=lambda size: (math.prod(size), size), reverse=True)))
 
 
-def _warm_up(call: _Call, sizes: Sequence[Size]) -> Iterator[WarmedSize]:
+def _warm_up(call: ExampleCall, sizes: Sequence[Size]) -> Iterator[WarmedSize]:
     with _progress_bar(len(sizes)) as progress:
         for size in sizes:
             before, began = stats_of(sharedgraph), time.perf_counter()
@@ -122,145 +119,10 @@ def _warm_up(call: _Call, sizes: Sequence[Size]) -> Iterator[WarmedSize]:
             yield warmed
 
 
-# ---- what changes
-
-
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """Dims that change together: as long as each other, ``length``, in the inputs given."""
-
-    length: int
-    lower: int | None
-    upper: int | None
-
-    def joined(self, bounds: Bounds) -> _Axis:
-        """With the bounds of one more dim."""
-        for own, other in zip((self.lower, self.upper), bounds, strict=True):
-            if None not in (own, other) and own != other:
-                raise WarmupError(
-                    f"warmup: two marked dims of length {self.length} have different bounds, {own} and {other}; "
-                    "accepted are equal ones for dims that change together; let others differ in length in the inputs"
-                )
-        lower, upper = bounds
-        return _Axis(self.length, self.lower if lower is None else lower, self.upper if upper is None else upper)
-
-    @property
-    def example(self) -> int:
-        """A size to compile for: as given, but within the bounds, and not 1, which is compiled apart."""
-        return min(max(self.length, self.lower or 2, 2), self.upper or self.length + 1)
-
-    def __str__(self) -> str:
-        return f"the dim of length {self.length}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of ``fn`` at any size. ``dims`` are those that change, with their bounds, by the tensor's ``id``."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    dims: Mapping[int, Mapping[int, Bounds]]
-    axes: tuple[_Axis, ...]
-    backward: bool
-
-    @classmethod
-    def of(cls, fn: Callable[..., Any], inputs: Any, kwargs: Any, backward: bool) -> _Call:
-        if not callable(fn):
-            raise WarmupError(f"warmup: fn: got {fn!r}; accepted is a compiled function or module")
-        if isinstance(inputs, Mapping) and kwargs is None:
-            inputs, kwargs = (), inputs
-        if not isinstance(inputs, (tuple, list)) or not isinstance(kwargs, (Mapping, type(None))):
-            raise WarmupError(
-                f"warmup: got inputs of type {type(inputs).__name__} and kwargs of type {type(kwargs).__name__}; "
-                "accepted is a tuple of positional arguments, as in warmup(fn, (x,)), or a dict of keyword arguments, "
-                "or both, as in warmup(fn, (x,), kwargs={'mask': mask})"
-            )
-        args, kwargs = tuple(inputs), dict(kwargs or {})
-        tensors = [t for t in torch_internals.tensors_in((args, kwargs)) if not torch_internals.has_static_address(t)]
-        dims = _dynamic_dims(tensors)
-        return cls(fn, args, kwargs, dims, _axes(tensors, dims), backward)
-
-    def run(self, size: Size) -> None:
-        """Call ``fn`` with copies of that size; its results are dropped."""
-        args, kwargs = self._at(dict(zip([axis.length for axis in self.axes], size, strict=True)))
-        result = self.fn(*args, **kwargs)
-        if self.backward:
-            _run_backward(result)
-
-    def _at(self, lengths: Mapping[int, int]) -> tuple[Any, Any]:
-        copies: dict[int, torch.Tensor] = {}  # what is passed twice stays one tensor
-
-        def copied(tensor: torch.Tensor) -> torch.Tensor:
-            if torch_internals.has_static_address(tensor):
-                return tensor
-            if id(tensor) not in copies:
-                copies[id(tensor)] = _marked_copy(tensor, self.dims[id(tensor)], lengths)
-            return copies[id(tensor)]
-
-        args, kwargs = torch_internals.map_tensors(copied, (self.args, dict(self.kwargs)))
-        return args, kwargs
-
-
-def _dynamic_dims(tensors: Sequence[torch.Tensor]) -> dict[int, dict[int, Bounds]]:
-    dims = {id(tensor): torch_internals.marked_dims(tensor) for tensor in tensors}
-    if any(dims.values()):
-        return dims
-    if not tensors or tensors[0].dim() == 0:
-        found = "the first tensor has no dims" if tensors else "there is no tensor among them"
-        raise WarmupError(
-            f"warmup: no dim of the inputs is marked, and {found}; accepted are inputs with rows, or with what changes "
-            "marked: torch._dynamo.mark_dynamic(tensor, dim, min=2, max=…)"
-        )
-    rows = tensors[0].size(0)
-    return {id(t): {0: (None, None)} if t.dim() and t.size(0) == rows else {} for t in tensors}
-
-
-def _axes(tensors: Sequence[torch.Tensor], dims: Mapping[int, Mapping[int, Bounds]]) -> tuple[_Axis, ...]:
-    axes: dict[int, _Axis] = {}
-    for tensor in tensors:
-        for dim, bounds in dims[id(tensor)].items():
-            length = tensor.size(dim)
-            if length == 0:
-                raise WarmupError(f"warmup: dim {dim} of an input is empty; accepted is at least one row, to repeat it")
-            axes[length] = axes.get(length, _Axis(length, None, None)).joined(bounds)
-    return tuple(axes.values())
-
-
-def _marked_copy(tensor: torch.Tensor, dims: Mapping[int, Bounds], lengths: Mapping[int, int]) -> torch.Tensor:
-    sizes = {dim: lengths[tensor.size(dim)] for dim in dims}
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        copy = _with_lengths(tensor.detach(), sizes)
-    copy.requires_grad_(tensor.requires_grad)
-    for dim, bounds in dims.items():
-        if sizes[dim] > 1:
-            torch_internals.mark_dim(copy, dim, bounds)
-    return copy
-
-
-def _with_lengths(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    """A copy whose dims have these lengths: entries are repeated or cut. The order of dims in memory stays."""
-    rows = tensor
-    for dim, length in lengths.items():
-        rows = rows.index_select(dim, torch.arange(length, device=tensor.device) % tensor.size(dim))
-    if tensor.layout != torch.strided or type(tensor) is not torch.Tensor:
-        return rows.clone()
-    stride = list(tensor.stride())
-    for dim, length in lengths.items():
-        end = stride[dim] * tensor.size(dim)
-        # What steps over all rows now steps over more of them, or fewer; a gap between the steps goes along.
-        outer = [i != dim and 0 < end <= step for i, step in enumerate(stride)]
-        stride = [s // tensor.size(dim) * length if over else s for s, over in zip(stride, outer, strict=True)]
-    copy = torch.empty_strided(rows.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    once = tuple(slice(1) if step == 0 else slice(None) for step in stride)  # torch copies to no address twice
-    copy[once].copy_(rows[once])
-    return copy
-
-
 # ---- sizes
 
 
-def _checked(sizes: Any, axes: Sequence[_Axis]) -> set[Size]:
+def _checked(sizes: Any, axes: Sequence[Axis]) -> set[Size]:
     accepted = "a non-empty list of ints" if len(axes) == 1 else f"a non-empty list of tuples of {len(axes)} ints"
     accepted += " (the sizes of " + ", ".join(map(str, axes)) + ")"
     if isinstance(sizes, (str, Mapping)) or not isinstance(sizes, Collection) or not sizes:
@@ -282,7 +144,7 @@ def _checked(sizes: Any, axes: Sequence[_Axis]) -> set[Size]:
     return checked
 
 
-def _default_sizes(call: _Call) -> set[Size]:
+def _default_sizes(call: ExampleCall) -> set[Size]:
     """All buckets of the regions that ``call`` calls; compiles them, and captures nothing yet."""
     with sharedgraph.rehearsal() as regions:
         call.run(tuple(axis.example for axis in call.axes))
@@ -300,7 +162,7 @@ def _default_sizes(call: _Call) -> set[Size]:
     return sizes
 
 
-def _axis_sizes(axis: _Axis, capture_sizes: buckets.CaptureSizes) -> tuple[int, ...]:
+def _axis_sizes(axis: Axis, capture_sizes: buckets.CaptureSizes) -> tuple[int, ...]:
     if capture_sizes == "auto" and axis.upper is None:
         raise WarmupError(
             f"warmup: sizes: got none, and {axis} has no bound; accepted is a list of sizes here, the option "
@@ -335,33 +197,6 @@ def _not_ours(fn: Any) -> WarmupError:
 # ---- running
 
 
-def _run_backward(result: Any) -> None:
-    """Gradients of the summed outputs for all that they were computed from; they are added to no ``.grad``."""
-    outputs = [tensor for tensor in torch_internals.tensors_in(result) if tensor.grad_fn is not None]
-    if not outputs:
-        raise WarmupError(
-            "warmup: backward: got a result without tensors that need gradients; accepted are calls with gradients "
-            "enabled, of parameters or inputs that require them (and a result in containers that pytree knows)"
-        )
-    ones = [torch.ones_like(output) for output in outputs]
-    torch.autograd.grad(outputs, _leaves(outputs), ones, allow_unused=True)
-
-
-def _leaves(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors whose gradients a backward from ``outputs`` would add up."""
-    leaves: list[torch.Tensor] = []
-    waiting: list[Any] = [output.grad_fn for output in outputs]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        new = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= new
-        waiting += new
-    return leaves
-
-
 def _wait_for_devices() -> None:
     for device in sharedgraph.devices():
         if device.type == "cuda":
@@ -369,7 +204,7 @@ def _wait_for_devices() -> None:
 
 
 @contextlib.contextmanager
-def _random_states_kept(call: _Call) -> Iterator[None]:
+def _random_states_kept(call: ExampleCall) -> Iterator[None]:
     tensors = torch_internals.tensors_in((call.args, call.kwargs))
     devices = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
     if torch.cuda.is_initialized():

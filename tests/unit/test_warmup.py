@@ -11,14 +11,15 @@ from torch._dynamo import mark_dynamic
 
 import cudagraph_backend as sg
 from cudagraph_backend import buckets, torch_internals
-from cudagraph_backend.warmup import _Axis, _axis_sizes, _Call, _checked, _with_lengths
+from cudagraph_backend.example import Axis, ExampleCall, with_lengths
+from cudagraph_backend.warmup import _axis_sizes, _checked
 
 
-def call_of(inputs: Any, **kwargs: Any) -> _Call:
-    return _Call.of(lambda *args, **kwargs: None, inputs, kwargs or None, backward=False)
+def call_of(inputs: Any, **kwargs: Any) -> ExampleCall:
+    return ExampleCall.of(lambda *args, **kwargs: None, inputs, kwargs or None, backward=False)
 
 
-def arguments(call: _Call, *size: int) -> tuple[Any, ...]:
+def arguments(call: ExampleCall, *size: int) -> tuple[Any, ...]:
     args, _ = call._at({axis.length: n for axis, n in zip(call.axes, size, strict=True)})
     return args
 
@@ -35,7 +36,7 @@ def marked(tensor: torch.Tensor, *dims: int, **bounds: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_rows_are_repeated_or_cut(n: int):
     x = torch.arange(6.0).view(3, 2)
-    assert torch.equal(_with_lengths(x, {0: n}), x[torch.arange(n) % 3])
+    assert torch.equal(with_lengths(x, {0: n}), x[torch.arange(n) % 3])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_rows_are_repeated_or_cut(n: int):
     ],
 )
 def test_strides_are_those_of_such_a_tensor(given: torch.Tensor, lengths: dict[int, int], like: torch.Tensor):
-    copy = _with_lengths(given, lengths)
+    copy = with_lengths(given, lengths)
     assert (copy.shape, copy.stride()) == (like.shape, like.stride())
     expected = given
     for dim, n in lengths.items():
@@ -98,7 +99,7 @@ def test_one_bound_will_do():
 def test_unmarked_inputs_change_along_the_first_tensors_rows():
     x, mask, table, scalar = torch.rand(3, 4), torch.rand(3), torch.rand(5, 3), torch.tensor(1.0)
     call = call_of((x, {"mask": mask}, [table, scalar], 7, "text"))
-    assert call.axes == (_Axis(3, None, None),)
+    assert call.axes == (Axis(3, None, None),)
     x, nested, (table, scalar), number, text = arguments(call, 6)
     assert [t.shape for t in (x, nested["mask"], table, scalar)] == [(6, 4), (6,), (5, 3), ()]
     assert (number, text) == (7, "text")
@@ -142,9 +143,9 @@ def test_all_sizes_are_the_buckets_of_all_sizes(capture_sizes: buckets.CaptureSi
 
 
 def test_sizes_by_default():
-    assert _axis_sizes(_Axis(3, 2, 20), "auto") == (2, 4, 8, 16, 20)
-    assert _axis_sizes(_Axis(3, None, None), (1, 2, 64)) == (1, 2, 64)
-    assert _axis_sizes(_Axis(3, 2, 20), (1, 2, 64)) == (2, 20)
+    assert _axis_sizes(Axis(3, 2, 20), "auto") == (2, 4, 8, 16, 20)
+    assert _axis_sizes(Axis(3, None, None), (1, 2, 64)) == (1, 2, 64)
+    assert _axis_sizes(Axis(3, 2, 20), (1, 2, 64)) == (2, 20)
 
 
 @pytest.mark.parametrize(
@@ -163,28 +164,28 @@ def test_sizes_by_default():
 )
 def test_bad_sizes(sizes: Any, said: str):
     with pytest.raises(sg.WarmupError, match=said):
-        _checked(sizes, [_Axis(3, 2, 64)])
+        _checked(sizes, [Axis(3, 2, 64)])
 
 
 @pytest.mark.parametrize("sizes", [[2, 3], [(2,)], [(2, 3, 4)], [(2, 300)]])
 def test_bad_sizes_of_two_dims(sizes: Any):
     with pytest.raises(sg.WarmupError, match=r"warmup: sizes: got .*; accepted is"):
-        _checked(sizes, [_Axis(3, 2, 64), _Axis(8, None, 100)])
+        _checked(sizes, [Axis(3, 2, 64), Axis(8, None, 100)])
 
 
 @pytest.mark.parametrize("sizes", [[8, 1, 2, 2], (1, 2, 8), range(1, 10), {1, 2, 8}])
 def test_good_sizes(sizes: Any):
-    assert _checked(sizes, [_Axis(3, 2, 64)]) == {(n,) for n in sizes}
+    assert _checked(sizes, [Axis(3, 2, 64)]) == {(n,) for n in sizes}
 
 
 def test_no_bound_and_no_sizes():
     with pytest.raises(sg.WarmupError, match=r"the dim of length 3 has no bound; .* capture_sizes, or a bound"):
-        _axis_sizes(_Axis(3, None, None), "auto")
+        _axis_sizes(Axis(3, None, None), "auto")
 
 
 def test_no_capture_size_within_the_bounds():
     with pytest.raises(sg.WarmupError, match=r"of capture_sizes \[1, 2\] none is within"):
-        _axis_sizes(_Axis(3, 8, 64), (1, 2))
+        _axis_sizes(Axis(3, 8, 64), (1, 2))
 
 
 @pytest.mark.parametrize(
