@@ -168,7 +168,6 @@ def _warmed_up(model: Model) -> Served:
 
 
 WARMED_UP = Way("sharedgraph, warmed up", _warmed_up, captures=lambda: sg.stats().captures)
-CAN_WARM_UP = hasattr(sg, "warmup")
 
 
 def runs_on(way: Way, device: torch.device) -> bool:

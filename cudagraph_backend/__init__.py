@@ -26,11 +26,13 @@ from cudagraph_backend.errors import (
     Refusal,
     RefusalError,
     SharedGraphError,
+    WarmupError,
 )
 from cudagraph_backend.options import Options
 from cudagraph_backend.output_pool import OutputPool
 from cudagraph_backend.padding import padding_rule
 from cudagraph_backend.report import AliasInfo, Stats, alias_info_of, explanation_of, stats_of
+from cudagraph_backend.warmup import WarmedSize, warmup
 
 __all__ = [
     "AliasInfo",
@@ -43,6 +45,8 @@ __all__ = [
     "RefusalError",
     "SharedGraphError",
     "Stats",
+    "WarmedSize",
+    "WarmupError",
     "alias_info",
     "explain",
     "output_pool",
@@ -50,6 +54,7 @@ __all__ = [
     "reset",
     "sharedgraph",
     "stats",
+    "warmup",
 ]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,16 @@ class Backend:
 
     def register(self, replayer: Replayer) -> None:
         self._replayers.add(replayer)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[list[Replayer]]:
+        """What is called meanwhile is compiled, and runs, but captures and counts nothing; gives the regions called."""
+        called: list[Replayer] = []
+        Replayer.rehearsed = called
+        try:
+            yield called
+        finally:
+            Replayer.rehearsed = None
 
     def next_number(self) -> int:
         return next(self._numbers)

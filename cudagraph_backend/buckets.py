@@ -54,6 +54,18 @@ def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Calla
     return n if capture_sizes == "auto" or n <= max(capture_sizes) else None
 
 
+def all_sizes(capture_sizes: CaptureSizes, lower: int, upper: int | None) -> tuple[int, ...]:
+    """Every capture size that may serve a size from ``lower`` to ``upper``, ascending. ``"auto"`` needs the latter."""
+    if capture_sizes != "auto":
+        return tuple(sorted({_bounded(size, upper) for size in capture_sizes if size >= lower}))
+    assert upper is not None
+    sizes, n = [], lower
+    while n <= upper:
+        sizes.append(_bounded(next_auto_size(n), upper))
+        n = sizes[-1] + 1
+    return tuple(sizes)
+
+
 def largest(capture_sizes: CaptureSizes, upper: int | None, bucket: int) -> int:
     """The size to provide memory for when ``bucket`` is captured: the largest there will be, as far as known.
 

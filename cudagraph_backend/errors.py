@@ -19,6 +19,10 @@ class PaddingRuleError(SharedGraphError, ValueError):
     """A padding rule that can't be registered, raises an error of its own, or answers what is no answer."""
 
 
+class WarmupError(SharedGraphError, ValueError):
+    """``warmup`` can't tell what to capture, or was given sizes that the function can't have."""
+
+
 class RefusalError(SharedGraphError, RuntimeError):
     """With ``strict=True``: what would have been a counted refusal is raised instead."""
 

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,7 +53,12 @@ class Counters:
 
 
 class Replayer:
-    """Calls a region: with one list of arguments, which it empties."""
+    """Calls a region: with one list of arguments, which it empties.
+
+    ``rehearsed``, in a rehearsal (``Backend.rehearsal``), gathers the regions that are called.
+    """
+
+    rehearsed: ClassVar[list[Replayer] | None] = None
 
     def __init__(
         self,
@@ -80,6 +85,9 @@ class Replayer:
         self._is_known = False
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
+        if self.rehearsed is not None:
+            self.rehearsed.append(self)
+            return self._run_uncounted(args)
         if self._refusal is not None:
             return self._run_compiled(args, self._refusal)
         table = self.table or self._new_table()
@@ -223,6 +231,9 @@ class Replayer:
 
     def _run_compiled(self, args: list[Any], refusal: Refusal) -> Sequence[Any]:
         self._count(refusal)
+        return self._run_uncounted(args)
+
+    def _run_uncounted(self, args: list[Any]) -> Sequence[Any]:
         if self.region.counts:
             values = self.region.values([size.read(args) for size in self.region.sizes])
             del args[self.region.counts[0].index :]

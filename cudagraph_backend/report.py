@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cudagraph_backend.backend import Backend
+from cudagraph_backend.devices import Device
 from cudagraph_backend.fill import key_of
 from cudagraph_backend.plan import Bucket, Sizes
 from cudagraph_backend.region import DynamicDim
@@ -35,6 +36,9 @@ class Stats:
         sum_of_buckets_bytes: what separate outputs for every captured bucket would hold.
         staging_bytes: the part of the output pools to which inputs are copied; between calls it serves other places.
         memory_pool_bytes: scratch, shared by all captures (CUDA).
+        executable_bytes: what the executables of the graphs that are held took when they were made (CUDA). This memory
+            is no allocator's: only ``torch.cuda.mem_get_info`` sees it. Measured as the fall of free memory, so an
+            estimate where other processes use the device.
         outputs_moved_out: live outputs that were given memory of their own, because a call needed their range.
         staged_copies: arguments that were copied to where a graph reads them.
         read_in_place: arguments, outputs of earlier calls, that a graph read where they were.
@@ -52,6 +56,7 @@ class Stats:
     sum_of_buckets_bytes: int
     staging_bytes: int
     memory_pool_bytes: int
+    executable_bytes: int
     outputs_moved_out: int
     staged_copies: int
     read_in_place: int
@@ -78,6 +83,7 @@ def stats_of(backend: Backend) -> Stats:
         sum_of_buckets_bytes=sum(sum(_output_bytes(r)) for r in replayers),
         staging_bytes=sum(_staging_bytes([r for r in replayers if r.region.device == d]) for d in backend.devices()),
         memory_pool_bytes=sum(d.driver.scratch_nbytes() for d in backend.devices().values()),
+        executable_bytes=sum(_executable_bytes(r) for r in replayers),
         outputs_moved_out=sum(d.pool.moved_out for d in backend.devices().values()),
         staged_copies=sum(r.counters.staged_copies for r in replayers),
         read_in_place=sum(r.counters.read_in_place for r in replayers),
@@ -93,7 +99,7 @@ def explanation_of(backend: Backend) -> str:
     lines = [line for replayer in replayers for line in _explain(replayer)]
     lines += _unmatched_fills(replayers)
     for device, state in backend.devices().items():
-        lines.append(f"output pool of {device}: {state.pool.nbytes} bytes")
+        lines += _explain_memory(device, state, [r for r in replayers if r.region.device == device])
     return "\n".join(lines)
 
 
@@ -123,6 +129,19 @@ def _explain(replayer: Replayer) -> list[str]:
         f"{_output_copies(replayer)} copied in graphs"
     )
     return lines
+
+
+def _explain_memory(device: torch.device, state: Device, replayers: Sequence[Replayer]) -> list[str]:
+    """What is held on a device, next to what it would be without sharing where that is known."""
+    separate = sum(sum(_output_bytes(replayer)) for replayer in replayers)
+    executables, graphs = sum(map(_executable_bytes, replayers)), sum(map(_graph_count, replayers))
+    return [
+        f"memory on {device}",
+        f"  output pool: {state.pool.nbytes} bytes; outputs as separate buckets: {separate}",
+        f"  staging: {_staging_bytes(replayers)} bytes of the output pool, shared with outputs",
+        f"  scratch: {state.driver.scratch_nbytes()} bytes, shared by all graphs",
+        f"  executables: {executables} bytes, outside of all allocators, for {graphs} graphs",
+    ]
 
 
 def _unmatched_fills(replayers: Sequence[Replayer]) -> list[str]:
@@ -175,6 +194,10 @@ def _places(replayer: Replayer) -> Collection[Place]:
 
 def _graph_count(replayer: Replayer) -> int:
     return sum(len(place.graphs) for place in _places(replayer))
+
+
+def _executable_bytes(replayer: Replayer) -> int:
+    return sum(graph.executable_nbytes for place in _places(replayer) for graph in place.graphs.values())
 
 
 def _output_copies(replayer: Replayer) -> int:

@@ -18,11 +18,14 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.mutation_guard import GenerationTracker
+from torch._dynamo.utils import get_static_address_type
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor_prop
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._sympy.numbers import int_oo
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 InnerCompile = Callable[..., Callable[..., Any]]
@@ -284,6 +287,41 @@ def is_backed(expression: sympy.Expr) -> bool:
     from torch.utils._sympy.symbol import SymT
 
     return not any(symbol_is_type(s, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)) for s in expression.free_symbols)
+
+
+# ------------------------------------------------------------------------------------------------ dynamic dims
+
+Bounds = tuple[int | None, int | None]
+"""The least and the largest size of a dim, as far as they are given."""
+
+
+def marked_dims(tensor: torch.Tensor) -> dict[int, Bounds]:
+    """The dims that ``torch._dynamo.mark_dynamic`` has marked, ascending, with the bounds given there."""
+    bounds = {mark.dim: (mark.min, mark.max) for mark in getattr(tensor, "_dynamo_dynamic_range", ())}
+    return {dim: bounds.get(dim, (None, None)) for dim in sorted(getattr(tensor, "_dynamo_dynamic_indices", ()))}
+
+
+def mark_dim(tensor: torch.Tensor, dim: int, bounds: Bounds) -> None:
+    """As ``mark_dynamic``, which takes two bounds or none; here one will do."""
+    lower, upper = bounds
+    if (lower is None) != (upper is None):
+        lower, upper = 2 if lower is None else lower, int_oo if upper is None else upper
+    torch._dynamo.mark_dynamic(tensor, dim, min=lower, max=upper)
+
+
+def has_static_address(tensor: torch.Tensor) -> bool:
+    """Whether Dynamo takes the address of an argument as fixed: of a parameter, or after ``mark_static_address``."""
+    return isinstance(tensor, torch.nn.Parameter) or get_static_address_type(tensor) is not None
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested containers (those that pytree knows), in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """New containers like ``tree``, with ``function`` of each tensor."""
+    return tree_map_only(torch.Tensor, function, tree)
 
 
 # ------------------------------------------------------------------------------------------------ call path

@@ -19,7 +19,7 @@ WAYS = (
     runners.STOCK,
     runners.HANDWRITTEN,
     runners.SHAREDGRAPH,
-    *([runners.WARMED_UP] if runners.CAN_WARM_UP else []),
+    runners.WARMED_UP,
 )
 
 FULL = Shape(2048, 5504, 16, layers=4, vocabulary=8192, slots=256, context=64, logits=True)

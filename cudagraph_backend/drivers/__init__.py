@@ -32,6 +32,10 @@ class Memory(Protocol):
 class Graph(Protocol):
     """A captured graph."""
 
+    @property
+    def executable_nbytes(self) -> int:
+        """Device memory that its executable took when it was made, outside of all allocators, as far as it is seen."""
+
     def replay(self) -> None:
         """Run it on the current stream."""
 

@@ -123,6 +123,7 @@ class MemoryPool:
 class CudaGraph:
     graph: torch.cuda.CUDAGraph
     memory: MemoryPool  # must outlive the graph
+    executable_nbytes: int
 
     def replay(self) -> None:
         self.graph.replay()
@@ -159,7 +160,7 @@ class CudaDriver:
             memory = self._open_pool()
             # cuBLAS workspaces from before are not in the memory pool; those made during capture must not stay in it.
             clear_cublas_workspaces()
-            graph = torch.cuda.CUDAGraph()
+            graph, taken = torch.cuda.CUDAGraph(), self._taken_outside_allocator()
             self._begin(graph, memory, draws=draws)
             try:
                 run()
@@ -170,7 +171,16 @@ class CudaDriver:
                 if isinstance(error, Exception):
                     raise CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
                 raise
-        return CudaGraph(graph, memory)
+            executable = self._taken_outside_allocator() - taken
+        return CudaGraph(graph, memory, max(executable, 0))
+
+    def _taken_outside_allocator(self) -> int:
+        """Bytes of the device that are in use, without what PyTorch's allocator holds (scratch, workspaces).
+
+        What other processes take or free is in it, too: a difference is an estimate where the device is shared.
+        """
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free - torch.cuda.memory_reserved(self.device)
 
     def _begin(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool, *, draws: bool) -> None:
         if draws:

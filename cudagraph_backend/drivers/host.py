@@ -55,6 +55,7 @@ def _reserve(nbytes: int) -> mmap.mmap:
 @dataclass(frozen=True, slots=True)
 class HostGraph:
     run: Callable[[], None]
+    executable_nbytes: int = 0
 
     def replay(self) -> None:
         self.run()

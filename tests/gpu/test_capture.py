@@ -93,6 +93,33 @@ def test_a_scalar_on_the_cpu_is_moved_to_the_graph(device):
     assert sg.stats().replays == 3
 
 
+def test_memory_of_executables_is_what_the_device_lost(device):
+    weight = torch.randn(256, 256, device=device) / 16
+
+    def function(x):
+        for _ in range(300):
+            x = x @ weight
+        return x
+
+    compiled = torch.compile(function, backend="sharedgraph")
+    list(_serve(compiled, device, SIZES[:1]))  # modules, workspaces, pools
+
+    def taken():
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info(device)
+        stats = sg.stats()
+        outside = total - free - torch.cuda.memory_reserved(device) - stats.output_pool_bytes
+        return outside, stats.executable_bytes
+
+    before = taken()
+    list(_serve(compiled, device, SIZES[1:]))
+    after = taken()
+    assert sg.stats().graphs == len(SIZES)
+    # The driver takes memory in pieces of 2 MiB or more, and some of it only when a graph is launched first.
+    assert 0 <= after[1] - before[1] <= after[0] - before[0] + (2 << 20)
+    assert after[1] > 0
+
+
 def test_memory_is_given_back(device):
     def reserved():
         gc.collect()
