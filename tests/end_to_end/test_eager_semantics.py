@@ -32,7 +32,8 @@ def mlp(device, seed=0):
 
 
 def inputs(n, device, width=8):
-    return torch.randn(n, width, device=device)
+    """Drawn on the CPU: while one thread begins a capture, no other may draw from the GPU's generator."""
+    return torch.randn(n, width).to(device)
 
 
 def assert_same_gradients(ours, eager, tolerance=1e-4):
