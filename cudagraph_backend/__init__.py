@@ -4,14 +4,15 @@ The way of the data::
 
     torch.compile(model, backend="sharedgraph", options={...})
      1  Dynamo        an FX graph, with symbolic sizes for dynamic dims
-     2  backend       options parsed strictly; composes what follows            backend, options
-     3  analysis      inputs, dynamic dims and their padding verdict            analysis, region
+     2  backend       options parsed strictly; composes what follows            backend, compiling, options
+     3  analysis      inputs, dynamic dims and their padding verdict, parts     analysis, region
      4  Inductor      each region compiled once, for symbolic sizes             torch_internals
      -- compile time above, call time below ----------------------------------------------------
-     5  dispatch      size -> bucket -> graph                                   dispatch, buckets, tree
-     6  staging       real rows into static buffers, padded rows filled         staging
-     7  replay        scratch in the memory pool                                replay, capture, drivers
-     8  outputs       results in the output pool, returned as views of it       outputs, output_pool
+     5  dispatch      sizes of the call -> plan -> bucket                       dispatch, plan, buckets
+     6  tree          addresses of the call -> route -> place -> graph          tree
+     7  staging       real rows to where the graph reads, padded rows filled    staging, kernels
+     8  replay        scratch in the memory pool                                replay, capture, drivers
+     9  outputs       results in the output pool, returned as views of it       outputs, output_pool
 """
 
 from __future__ import annotations

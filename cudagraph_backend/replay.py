@@ -206,7 +206,7 @@ class Replayer:
             graph = capture.record(table, plan.bucket, results, inputs, route.place)
             self.counters.captures += 1
             table.tree.add(plan, where, route, graph)
-            if (slower := self._slower(table, route, graph, args)) is not None:
+            if (slower := self._slower(table, plan, plan.layout, route, graph, args)) is not None:
                 table.refuse_bucket(plan.bucket, slower)
         except CaptureError as error:
             failed = self._refusal = Refusal(f"capture failed: {error}")
@@ -215,15 +215,20 @@ class Replayer:
             self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs
 
-    def _slower(self, table: Table, route: Route, graph: Graph, args: list[Any]) -> Refusal | None:
+    def _slower(
+        self, table: Table, plan: Plan, layout: Layout, route: Route, graph: Graph, args: list[Any]
+    ) -> Refusal | None:
         """Why calls had better run plain, where that can be tried: a backward may use up what it is given."""
         region, options = self.region, self.options
         if options.capture == "always" or options.strict or region.has_effects or region.kind == "backward":
             return None
 
-        def replay() -> None:
+        def replay() -> None:  # all that a call costs here
+            table.tree.where(plan, args)
+            route.is_free(table.device.pool)
             route.stage(args)
             graph.replay()
+            make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
 
         return payoff_refusal(table.device.driver, lambda: self._compiled(list(args)), replay)
 
