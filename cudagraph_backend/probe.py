@@ -9,9 +9,8 @@ rows only, and *close* to the run at the exact sizes, which computes in other ti
 Where a proof relies on what padded rows hold, or where a number made of floats may become an index, padded rows hold
 what the option ``fill`` says, and only closeness is left to see.
 
-Nothing else is touched: what the region writes is written to copies (or to staging buffers, which are filled anew for
-the call), random number generators are put back, and results are dropped. What a custom operator does besides
-computing its results can't be undone.
+Nothing else is touched: the region runs on copies of what it may write to, random number generators are put back, and
+results are dropped. What a custom operator does besides computing its results can't be undone.
 """
 
 from __future__ import annotations
