@@ -104,7 +104,7 @@ def test_without_sharedgraph_nothing_is_claimed_of_it():
 def test_the_text_gives_graphs_memory_padding_and_fallbacks():
     text = report.as_text(RESULT)
     assert "11 in 2 regions, 40 replays" in text
-    assert "2.0 KiB pooled, instead of 10.0 KiB with one output per bucket (5.0 × as much)" in text
+    assert "2.0 KiB, inputs included, instead of 10.0 KiB with one output per bucket (5.0 × as much)" in text
     assert "10.0% of the sentences that ran" in text
     assert "3 × above the largest bucket" in text
 
