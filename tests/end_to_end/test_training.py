@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -67,14 +68,18 @@ def test_input_gradients(device):
         torch.testing.assert_close(x.grad, 2 * x)
 
 
-def test_results_in_the_memory_of_saved_activations(device):
-    """A backward may use what its forward saved as memory for a gradient, also where that was copied to be read."""
+@pytest.mark.parametrize("options", [{}, {"verify": "capture"}])
+def test_results_in_the_memory_of_saved_activations(device, options):
+    """A backward may use what its forward saved as memory for a gradient, also where that was copied to be read.
+
+    The probe runs it more than once, so not on what the call was given.
+    """
     linear = nn.Linear(4, 4, device=device)
 
     def function(x, y):
         return linear(x) * y
 
-    compiled = torch.compile(function, backend="sharedgraph")
+    compiled = torch.compile(function, backend="sharedgraph", options=options)
     for n in (5, 11, 3):
         first, second = ([torch.randn(n, 4, device=device, requires_grad=True) for _ in range(2)] for _ in range(2))
         out = compiled(*first)
