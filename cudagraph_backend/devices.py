@@ -23,7 +23,8 @@ class Device:
         self.driver = driver
         self.lock = threading.RLock()
         self._calls = 0
-        self.pool = pool or OutputPool(driver.new_memory(), driver.share)
+        self.pool = pool or OutputPool(driver.new_memory())
+        self.pool.share = driver.share  # a pool may outlive the driver it was made for
 
     def __enter__(self) -> bool:
         """One thread at a time; whether this is a call from within another one, made by an operator of that region."""

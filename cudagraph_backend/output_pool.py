@@ -132,7 +132,7 @@ class OutputPool:
     def __init__(self, memory: Memory, share: Callable[[torch.UntypedStorage], None] = lambda moved: None):
         """``share`` is called with the memory of every output that is moved out, and its new content under way."""
         self._memory = memory
-        self._share = share
+        self.share = share
         self._ranges: WeakValueDictionary[Span, OutputRange] = WeakValueDictionary()
         self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
         self._lent: list[OutputRange] = []  # those that may be live, by offset; no two of them overlap
@@ -244,7 +244,7 @@ class OutputPool:
         assert taken._lent is not None
         with outside_inference_mode():
             moved = taken._lent.storage.clone()  # first: there may be no memory for it
-        self._share(moved)
+        self.share(moved)
         output = self._take_back(taken)
         if output.nbytes() != moved.nbytes() or output.data_ptr() != self.address + taken.offset:
             return output  # its memory is another one already

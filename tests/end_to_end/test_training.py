@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -88,3 +89,22 @@ def test_results_in_the_memory_of_saved_activations(device, options):
             got = torch.autograd.grad(result.square().sum(), arguments)
             expected = torch.autograd.grad(function(*arguments).square().sum(), arguments)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_activations_of_a_fixed_size_in_any_order_of_backwards(device):
+    """They are large enough to be taken for caches, and a backward may use their memory for its results."""
+    first, second = nn.Linear(256, 256, device=device), nn.Linear(256, 256, device=device)
+
+    def function(x, y):
+        return second(torch.tanh(first(x))) * y
+
+    compiled = torch.compile(function, backend="sharedgraph", dynamic=False)
+    parameters = [*first.parameters(), *second.parameters()]
+    for order in itertools.permutations(range(3)):
+        calls = [[torch.randn(128, 256, device=device, requires_grad=True) for _ in range(2)] for _ in range(3)]
+        outs = [compiled(*arguments) for arguments in calls]
+        for k in order:
+            tangent = torch.randn(128, 256, device=device)
+            got = torch.autograd.grad(outs[k], calls[k] + parameters, tangent)
+            expected = torch.autograd.grad(function(*calls[k]), calls[k] + parameters, tangent)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

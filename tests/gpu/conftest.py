@@ -25,10 +25,9 @@ def full_precision(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def all_graphs_are_kept(request, monkeypatch):
+def all_graphs_are_kept(monkeypatch):
     """Tests count graphs of models that are too small to be worth one."""
-    if "measured" not in request.keywords:
-        monkeypatch.setattr(CudaDriver, "seconds", lambda self, run: None)
+    monkeypatch.setattr(CudaDriver, "seconds", lambda self, run: None)
 
 
 @pytest.fixture
