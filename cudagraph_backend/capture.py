@@ -90,7 +90,7 @@ def record(table: Table, bucket: Bucket, results: list[Any], inputs: Sequence[An
         with allocations.run(memory):
             bucket.copied = copy_out(layout, run(list(inputs)), storages)
 
-    return table.device.driver.capture(run_into_pool, draws=table.region.may_draw)
+    return table.device.driver.capture(run_into_pool, draws=table.region.may_draw, stages=bool(table.region.staged))
 
 
 def _memory_of_buffers(

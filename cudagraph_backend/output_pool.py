@@ -23,6 +23,7 @@ from cudagraph_backend.torch_internals import (
     CAN_MOVE_STORAGE,
     forbid_access,
     outside_inference_mode,
+    same_storage,
     storage_users,
     swap_memory,
 )
@@ -63,18 +64,34 @@ class Loan:
 class RangeStorage:
     """A storage over the beginning of a range. Outputs of one size are made on it; it knows whether any is left."""
 
-    __slots__ = ("_idle_holders", "_idle_users", "address", "nbytes", "storage")
+    __slots__ = ("_idle_holders", "_idle_users", "_sources", "address", "nbytes", "storage")
 
     def __init__(self, storage: torch.UntypedStorage):
         self.storage = storage
         self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
         self._idle_users = self._idle_holders = 0
+        self._sources: dict[torch.dtype, torch.Tensor] = {}  # what outputs are made from
 
-    def lend(self) -> torch.UntypedStorage:
+    def lend(self) -> None:
         """Nobody else may hold the storage when it is lent: what is counted now is the count of none."""
         self._idle_users = storage_users(self.storage._cdata)
         self._idle_holders = self._holders()
-        return self.storage
+
+    def tensor(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
+        """A new tensor on the storage, one of its own (no autograd view); ``offset`` in elements."""
+        source = self._sources.get(dtype)
+        if source is None:
+            source = self._sources[dtype] = self._new_source(dtype)
+        return same_storage(source, size, stride, offset)
+
+    def _new_source(self, dtype: torch.dtype) -> torch.Tensor:
+        """It is none of those that are counted."""
+        users, holders = storage_users(self.storage._cdata), self._holders()
+        with outside_inference_mode():
+            source = torch.empty(0, dtype=dtype, device=self.storage.device).set_(self.storage)
+        self._idle_users += storage_users(self.storage._cdata) - users
+        self._idle_holders += self._holders() - holders
+        return source
 
     def is_in_place(self) -> bool:
         """Whether the storage still has the range's memory: ``share_memory_`` and ``resize_`` give it another one."""
@@ -189,6 +206,14 @@ class OutputPool:
 
     # ---- which bytes are alive
 
+    def is_free(self, spans: Iterable[Span]) -> bool:
+        """Whether nothing in them is live."""
+        if self._lent:
+            for span in spans:
+                if self.live_in(span):
+                    return False
+        return True
+
     def live_in(self, span: Span) -> list[OutputRange]:
         """The ranges with a live output that share a byte with ``span``."""
         live: list[OutputRange] = []
@@ -213,18 +238,24 @@ class OutputPool:
 
     # ---- outputs
 
-    def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> torch.UntypedStorage:
-        """A storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
-        lent = taken._storages.get(nbytes)
-        if lent is None or not lent.is_in_place():
-            lent = taken._storages[nbytes] = RangeStorage(self.bytes(taken.offset, nbytes).untyped_storage())
-            self._by_storage[lent.storage._cdata] = taken
+    def storage_of(self, taken: OutputRange, nbytes: int) -> RangeStorage:
+        """The storage over the first ``nbytes`` bytes of a range, made once."""
+        found = taken._storages.get(nbytes)
+        if found is None or not found.is_in_place():
+            found = taken._storages[nbytes] = RangeStorage(self.bytes(taken.offset, nbytes).untyped_storage())
+            self._by_storage[found.storage._cdata] = taken
+        return found
+
+    def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> RangeStorage:
+        """The storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
+        lent = self.storage_of(taken, nbytes)
         if not self._is_listed(taken):
             live = self.live_in(taken.span)  # dead ones there are not listed any more
             assert not live
             self._lent.insert(bisect_left(self._lent, taken.offset, key=_offset), taken)
         taken._lent, taken.loan, taken.step, taken.thread = lent, loan, step, get_ident()
-        return lent.lend()
+        lent.lend()
+        return lent
 
     def _is_listed(self, taken: OutputRange) -> bool:
         position = bisect_left(self._lent, taken.offset, key=_offset)

@@ -253,15 +253,16 @@ def make_outputs(
 ) -> list[Any]:
     """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
     storages = [
-        pool.lend(taken, nbytes, loan, step) if loan else pool.bytes(taken.offset, nbytes).untyped_storage()
+        pool.lend(taken, nbytes, loan, step) if loan else pool.storage_of(taken, nbytes)
         for taken, nbytes, loan in zip(ranges, layout.range_nbytes, layout.loans, strict=False)
     ]
     outputs: list[Any] = []
     for entry in layout.entries:
         if isinstance(entry, Pooled):
-            outputs.append(entry.view.on(storages[entry.range]))
+            view = entry.view
+            outputs.append(storages[entry.range].tensor(view.dtype, view.size, view.stride, view.offset))
         elif isinstance(entry, Compacted):
-            outputs.append(entry.copied(storages[entry.range]))
+            outputs.append(entry.copied(storages[entry.range].storage))
         elif isinstance(entry, Returned):
             outputs.append(entry.of(args[entry.index]))
         elif isinstance(entry, Same):

@@ -118,14 +118,15 @@ class Replayer:
         graph = route.place.graphs.get(plan.bucket.sizes)
         if graph is None or plan.layout is None:
             return self._first_call(table, plan, where, route, args)
-        self._stage(table, route, args)
-        graph.replay()
-        return self._finish(table, plan, plan.layout, route, args)
+        return self._answer(table, plan, plan.layout, route, graph, args)
 
-    def _stage(self, table: Table, route: Route, args: list[Any]) -> None:
+    def _answer(
+        self, table: Table, plan: Plan, layout: Layout, route: Route, graph: Graph, args: list[Any]
+    ) -> list[Any]:
         if table.device.driver.poison:
             table.device.poison_free_bytes()
-        route.stage(args)
+        graph.replay(route.stage, args)
+        return self._finish(table, plan, layout, route, args)
 
     def _finish(self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any]) -> list[Any]:
         write_back(route.written, args)
@@ -181,12 +182,12 @@ class Replayer:
         if (refusal := apart_refusal(plan.layout)) is not None:
             table.refuse(plan.sizes, refusal)
             return refusal
-        self._stage(table, route, args)
-        graph.replay()
-        return self._finish(table, plan, plan.layout, route, args)
+        return self._answer(table, plan, plan.layout, route, graph, args)
 
     def _capture(self, table: Table, plan: Plan, where: Where, route: Route, args: list[Any]) -> list[Any] | Refusal:
-        self._stage(table, route, args)
+        if table.device.driver.poison:
+            table.device.poison_free_bytes()
+        route.stage(args)
         inputs = capture.with_static(route.inputs, args)
         results = capture.run_once(table, route, inputs)
         if isinstance(results, Refusal):
@@ -225,9 +226,8 @@ class Replayer:
 
         def replay() -> None:  # all that a call costs here
             table.tree.where(plan, args)
-            route.is_free(table.device.pool)
-            route.stage(args)
-            graph.replay()
+            table.device.pool.is_free(route.writes)
+            graph.replay(route.stage, args)
             make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
 
         return payoff_refusal(table.device.driver, lambda: self._compiled(list(args)), replay)

@@ -152,8 +152,11 @@ class StagedCopy:
         return tensor if self.source is None else tensor.as_strided(*self.source)
 
 
-Staging: TypeAlias = "Callable[[Sequence[torch.Tensor]], None]"
-"""Stages the arguments of a call; made once for all calls with the same sizes, strides and places."""
+Staging: TypeAlias = "Callable[..., None]"
+"""Stages the arguments of a call, ``(args)``; made once for all calls with the same sizes, strides and places.
+
+Graphs of the driver that made it may give it more, as their part in the work.
+"""
 
 
 def prepare(copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:

@@ -342,6 +342,14 @@ def storage_users(cdata: int) -> int:
     return torch._C._storage_Use_Count(cdata)
 
 
+same_storage: Callable[[torch.Tensor, Sequence[int], Sequence[int], int], torch.Tensor] = (
+    torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
+)
+"""A new tensor of the same dtype on a tensor's storage, no view of it: size, stride, offset in elements.
+
+What Inductor's code makes its views with; it does not go through the dispatcher.
+"""
+
 _ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # CUDA builds only
 
 
@@ -420,6 +428,11 @@ def raw_stream(device_index: int) -> int:
 def current_device_index() -> int:
     """Of the current CUDA device, without ``torch.cuda``'s look whether CUDA is initialised."""
     return torch._C._cuda_getDevice()
+
+
+def is_current_stream_capturing() -> bool:
+    """As ``torch.cuda``'s, without its look whether CUDA is initialised."""
+    return torch._C._cuda_isCurrentStreamCapturing()
 
 
 def clear_cublas_workspaces() -> None:

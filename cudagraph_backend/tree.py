@@ -123,9 +123,6 @@ class Route:
         """The ranges with live outputs that a call would overwrite."""
         return list(dict.fromkeys(taken for span in self.writes for taken in pool.live_in(span)))
 
-    def is_free(self, pool: OutputPool) -> bool:
-        return not any(map(pool.live_in, self.writes))
-
 
 class Tree:
     """The places of one region, and the routes to them that calls took."""
@@ -163,17 +160,17 @@ class Tree:
 
     def route(self, plan: Plan, where: Where, args: list[Any]) -> Route | None:
         """A route to a captured graph that may be replayed, among those that were taken before."""
-        for route in self._routes.get((plan.sizes, plan.bucket.sizes, where), ()):
+        sizes = plan.bucket.sizes
+        for route in self._routes.get((plan.sizes, sizes, where), ()):
             place = route.place
             if (
-                plan.bucket.sizes in place.graphs
+                sizes in place.graphs
                 and addresses_equal(args, place.static_addresses, self._static)
-                and route.is_free(self._pool)
+                and self._pool.is_free(route.writes)
             ):
                 self._calls += 1
                 place.used = self._calls
-                if self._unused[plan.bucket.sizes]:
-                    self._unused[plan.bucket.sizes] = 0
+                self._unused[sizes] = 0
                 return route
         return None
 

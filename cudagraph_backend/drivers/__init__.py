@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -36,8 +36,8 @@ class Graph(Protocol):
     def executable_nbytes(self) -> int:
         """Device memory that its executable took when it was made, outside of all allocators, as far as it is seen."""
 
-    def replay(self) -> None:
-        """Run it on the current stream."""
+    def replay(self, staging: Staging, args: Sequence[Any]) -> None:
+        """Stage a call's arguments, as the driver's ``prepare_staging`` made it, and run on the current stream."""
 
 
 class Driver(Protocol):
@@ -55,9 +55,10 @@ class Driver(Protocol):
     def run_once(self, run: Callable[[], T]) -> T:
         """Run for real, before capture: initialises what is lazy (autotuning, handles), with capture's scratch."""
 
-    def capture(self, run: Callable[[], None], *, draws: bool) -> Graph:
-        """Capture ``run``, which may draw random numbers if it ``draws``, without running it.
+    def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> Graph:
+        """Capture ``run`` without running it.
 
+        It may draw random numbers if it ``draws``; there are inputs to copy or to fill if it ``stages``.
         Raises ``CaptureError``, leaving nothing behind, if it can't be.
         """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,20 @@ from typing import Any, TypeVar
 import torch
 
 from cudagraph_backend.errors import CaptureError
-from cudagraph_backend.kernels.staging import KernelStaging, Launches
+from cudagraph_backend.kernels.node import StagingNode
+from cudagraph_backend.kernels.staging import DeviceTable, KernelStaging, Launches
 from cudagraph_backend.staging import StagedCopy, Staging
 from cudagraph_backend.torch_internals import (
     clear_cublas_workspaces,
     current_stream,
     end_failed_capture,
     generator_state_apart,
+    is_current_stream_capturing,
 )
 
 T = TypeVar("T")
+
+log = logging.getLogger("cudagraph_backend")
 
 
 class CudaMemory:
@@ -124,8 +129,11 @@ class CudaGraph:
     graph: torch.cuda.CUDAGraph
     memory: MemoryPool  # must outlive the graph
     executable_nbytes: int
+    idle: DeviceTable | None  # what a staging kernel without parameters reads
+    node: StagingNode | None
 
-    def replay(self) -> None:
+    def replay(self, staging: Staging, args: Sequence[Any]) -> None:
+        staging(args, self.node)
         self.graph.replay()
 
 
@@ -137,6 +145,7 @@ class CudaDriver:
         self._stream = torch.cuda.Stream(device)
         self._memory: MemoryPool | None = None
         self._launches = Launches(device)
+        self._has_nodes = True
         self._streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}  # that called
 
     def new_memory(self) -> CudaMemory:
@@ -154,25 +163,40 @@ class CudaDriver:
         clear_cublas_workspaces()
         return result
 
-    def capture(self, run: Callable[[], None], *, draws: bool) -> CudaGraph:
+    def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> CudaGraph:
+        idle = self._launches.idle() if stages and self._has_nodes else None
         torch.cuda.synchronize(self.device)
         with self._on_capture_stream(), _collector_off():
             memory = self._open_pool()
             # cuBLAS workspaces from before are not in the memory pool; those made during capture must not stay in it.
             clear_cublas_workspaces()
-            graph, taken = torch.cuda.CUDAGraph(), self._taken_outside_allocator()
+            # Kept, as the node of an executable is named by the graph that it was made of.
+            graph, taken = torch.cuda.CUDAGraph(keep_graph=idle is not None), self._taken_outside_allocator()
             self._begin(graph, memory, draws=draws)
             try:
+                if idle is not None:
+                    self._launches.launch(idle, ())
                 run()
                 clear_cublas_workspaces()
                 graph.capture_end()
+                if idle is not None:
+                    graph.instantiate()
             except BaseException as error:
                 self._abort(graph, memory)
                 if isinstance(error, Exception):
                     raise CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
                 raise
             executable = self._taken_outside_allocator() - taken
-        return CudaGraph(graph, memory, max(executable, 0))
+        return CudaGraph(graph, memory, max(executable, 0), idle, self._staging_node(graph, idle))
+
+    def _staging_node(self, graph: torch.cuda.CUDAGraph, idle: DeviceTable | None) -> StagingNode | None:
+        """``None`` where there is none, or none whose parameters can be set, which is told once."""
+        try:
+            return None if idle is None else StagingNode(graph, idle)
+        except Exception as error:
+            self._has_nodes = False
+            log.warning("inputs are staged before graphs, not in them: %s: %s", type(error).__name__, error)
+            return None
 
     def _taken_outside_allocator(self) -> int:
         """Bytes of the device that are in use, without what PyTorch's allocator holds (scratch, workspaces).
@@ -242,7 +266,7 @@ class CudaDriver:
         return [stream for key, stream in self._streams.items() if key != current]
 
     def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        return is_current_stream_capturing()
 
     def scratch_nbytes(self) -> int:
         return sum(s["total_size"] for s in self._memory.pool.snapshot()) if self._memory is not None else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -57,7 +57,8 @@ class HostGraph:
     run: Callable[[], None]
     executable_nbytes: int = 0
 
-    def replay(self) -> None:
+    def replay(self, staging: Staging, args: Sequence[Any]) -> None:
+        staging(args)
         self.run()
 
 
@@ -79,7 +80,7 @@ class HostDriver:
     def run_once(self, run: Callable[[], T]) -> T:
         return run()
 
-    def capture(self, run: Callable[[], None], *, draws: bool) -> HostGraph:
+    def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> HostGraph:
         return HostGraph(run)
 
     def seconds(self, run: Callable[[], object]) -> None:

@@ -19,12 +19,12 @@ import torch
 from cudagraph_backend.staging import StagedCopy
 
 BLOCK = 1024  # units that one program moves at a time
+FEW_DIMS = 2  # are enough for rows in sequence and their replicas; the kernel is compiled for these and for MAX_DIMS
 MAX_DIMS = 5
 MAX_SOURCES = 16
 ADDRESS = -1  # in place of a source's number: ``Job.at`` is an address
 CONSTANT = -2  # … ``Job.at`` is eight bytes that repeat
 
-_FEW_DIMS = 2  # are enough for rows in sequence and their replicas; the kernel is compiled for these and for MAX_DIMS
 _WIDEST = 8
 _PROGRAMS = 2048  # about as many as a large GPU runs at once; beyond that, each program moves several blocks
 _MAX_UNITS = 2**31 - 2**20  # the kernel counts them in 32 bits, and may count to the end of a block
@@ -167,7 +167,7 @@ def _pattern(copy: StagedCopy) -> int | None:
 
 def table(listed: Sequence[Job]) -> Table:
     """The jobs as the kernel reads them, shared out to programs."""
-    dims = _FEW_DIMS if all(len(job.dims) <= _FEW_DIMS for job in listed) else MAX_DIMS
+    dims = FEW_DIMS if all(len(job.dims) <= FEW_DIMS for job in listed) else MAX_DIMS
     chunk = BLOCK * max(1, -(-sum(job.units for job in listed) // (BLOCK * _PROGRAMS)))
     shares = [(n, first) for n, job in enumerate(listed) for first in range(0, job.units, chunk)]
     begin, width = 3 * len(shares), 4 + 3 * dims

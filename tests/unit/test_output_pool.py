@@ -22,7 +22,7 @@ needs_move = pytest.mark.skipif(not can_move_out(), reason="this torch can't exc
 
 def output_on(pool: OutputPool, taken: OutputRange, nbytes: int) -> torch.Tensor:
     """A tensor as a call returns it: on the range's storage, and no view of the range's own tensor."""
-    storage = pool.lend(taken, nbytes, LOAN, (1, 0))
+    storage = pool.lend(taken, nbytes, LOAN, (1, 0)).storage
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (nbytes,), (1,))
 
 
@@ -217,9 +217,9 @@ def test_the_pool_does_not_move_when_it_grows(pool: OutputPool):
 
 def test_storages_are_made_once_per_size(pool: OutputPool):
     taken = pool.find_room(64, [])
-    seen = {pool.lend(taken, nbytes, LOAN, (1, 0))._cdata for nbytes in (64, 32, 64, 32)}
+    seen = {pool.lend(taken, nbytes, LOAN, (1, 0)).storage._cdata for nbytes in (64, 32, 64, 32)}
     assert len(seen) == 2
-    assert pool.lend(taken, 32, LOAN, (1, 0)).nbytes() == 32
+    assert pool.lend(taken, 32, LOAN, (1, 0)).storage.nbytes() == 32
 
 
 def test_bytes_and_lent_storage_are_the_same_memory(pool: OutputPool):
@@ -253,7 +253,7 @@ def test_whatever_holds_the_storage_keeps_it_alive(pool: OutputPool, holder: str
 
 def test_an_output_saved_for_backward_is_alive(pool: OutputPool):
     taken = pool.find_room(16, [])
-    output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)), 0, (4,), (1,)).fill_(3.0)
+    output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)).storage, 0, (4,), (1,)).fill_(3.0)
     weight = torch.ones(4, requires_grad=True)
     loss = (weight * output).sum()
     del output
@@ -299,7 +299,7 @@ def test_only_overlapping_bytes_are_live(pool: OutputPool):
 @needs_move
 def test_a_moved_output_takes_its_views_along(pool: OutputPool):
     taken = pool.find_room(64, [])
-    output = torch.empty(0).set_(pool.lend(taken, 64, LOAN, (1, 0)), 0, (4, 4), (4, 1))
+    output = torch.empty(0).set_(pool.lend(taken, 64, LOAN, (1, 0)).storage, 0, (4, 4), (4, 1))
     output.copy_(torch.arange(16.0).view(4, 4))
     column, expected = output.t()[1], output.clone()
     pool.move_out(taken)
@@ -331,9 +331,9 @@ def test_after_moving_out_the_range_is_free_and_can_be_lent_again(pool: OutputPo
 def test_an_output_moved_in_inference_mode_can_be_used_outside_of_it(pool: OutputPool):
     taken = pool.find_room(16, [])
     with torch.inference_mode():
-        output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)), 0, (4,), (1,)).fill_(2.0)
+        output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)).storage, 0, (4,), (1,)).fill_(2.0)
         pool.move_out(taken)
-        pool.lend(taken, 16, LOAN, (1, 0))
+        pool.lend(taken, 16, LOAN, (1, 0)).storage
     fill(pool, taken, 0xFF)
     assert not pool.bytes(taken.offset, 16).is_inference()
     assert torch.equal(output, torch.full((4,), 2.0))

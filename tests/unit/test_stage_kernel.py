@@ -14,7 +14,18 @@ import pytest
 import torch
 
 from cudagraph_backend.kernels import jobs as jobs_module
-from cudagraph_backend.kernels.jobs import ADDRESS, BLOCK, CONSTANT, MAX_DIMS, MAX_SOURCES, Dim, Job, jobs, table
+from cudagraph_backend.kernels.jobs import (
+    ADDRESS,
+    BLOCK,
+    CONSTANT,
+    FEW_DIMS,
+    MAX_DIMS,
+    MAX_SOURCES,
+    Dim,
+    Job,
+    jobs,
+    table,
+)
 from cudagraph_backend.kernels.staging import DeviceTable, KernelStaging
 from cudagraph_backend.staging import StagedCopy, stage, staged_copy
 from cudagraph_backend.strides import extent
@@ -72,7 +83,38 @@ class InterpretedLaunches:
 
     def launch(self, table: DeviceTable, sources: Sequence[int]) -> None:
         self.count += 1
+        sources = [*sources, *[0] * (MAX_SOURCES - len(sources))]
         self._kernel[(table.programs,)](table.address, *sources, DIMS=table.dims, BLOCK=BLOCK)
+
+    def keep(self, table: DeviceTable) -> int:
+        return 0
+
+
+class InterpretedNode:
+    """The first node of a graph; ``replay`` is the graph's launch."""
+
+    def __init__(self, launches: InterpretedLaunches, dims: int):
+        self.dims = dims
+        self._launches = launches
+        self._told: tuple[DeviceTable, Sequence[int]] | None = None
+        self._is_told = False
+        self.staged = 0
+
+    def stage(self, table: DeviceTable, sources: Sequence[int]) -> None:
+        assert table.dims == self.dims
+        assert table.programs
+        self._told, self._is_told = (table, sources), True
+
+    def skip(self) -> None:
+        self._told, self._is_told = None, True
+
+    def replay(self) -> None:
+        assert self._is_told, "the node would do what it did for the call before"
+        self._is_told = False
+        if self._told is not None:
+            count, self.staged = self._launches.count, self.staged + 1
+            self._launches.launch(*self._told)
+            self._launches.count = count
 
 
 @pytest.fixture
@@ -153,6 +195,34 @@ def test_the_kernel_stages_as_operators_do(launches: InterpretedLaunches, seed: 
     for given in inputs:
         assert torch.equal(given.memories[0], given.memories[1]), (given.real, given.fill, given.argument.dtype)
     assert launches.count <= 1
+
+
+@pytest.mark.parametrize("dims", [FEW_DIMS, MAX_DIMS])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_node_and_what_runs_before_it_stage_as_operators_do(launches: InterpretedLaunches, seed: int, dims: int):
+    rng = random.Random(seed)
+    node = InterpretedNode(launches, dims)
+    for _ in range(3):  # routes of one graph
+        inputs = [Input(rng, rng.choice(DTYPES), index) for index in range(rng.randint(0, 6))]
+        args = [given.argument for given in inputs]
+        by_operators, by_kernel = ways(rng, inputs)
+        stage(*by_operators, args)
+        KernelStaging(launches, *by_kernel)(args, node)
+        node.replay()
+        for given in inputs:
+            assert torch.equal(given.memories[0], given.memories[1]), (given.real, given.fill, given.argument.dtype)
+
+
+def test_typical_inputs_are_staged_by_the_node_alone(launches: InterpretedLaunches):
+    argument, bucket = torch.randn(100, 64), torch.zeros(104, 64)
+    staging = KernelStaging(launches, [staged_copy(0, bucket, ((100, 64), (64, 1)), (1, 1), "replica")], ())
+    node = InterpretedNode(launches, FEW_DIMS)
+    for values in (argument, torch.randn(100, 64), argument):
+        bucket.fill_(-1)
+        staging([values], node)
+        node.replay()
+        assert torch.equal(bucket, torch.cat([values, values[-1:].expand(4, 64)]))
+    assert (node.staged, launches.count) == (3, 0)
 
 
 def test_typical_inputs_are_few_wide_jobs(launches: InterpretedLaunches):

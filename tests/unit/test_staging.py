@@ -230,7 +230,7 @@ def pool() -> OutputPool:
 def lent(pool: OutputPool, rows: int, capacity: int) -> torch.Tensor:
     """An output of ``rows`` × 4 floats, in a range with room for ``capacity`` rows."""
     taken = pool.find_room(capacity * 16, [(0, 1)])
-    storage = pool.lend(taken, rows * 16, Loan("region 0", ((0, 0, rows * 16),)), (1, 0))
+    storage = pool.lend(taken, rows * 16, Loan("region 0", ((0, 0, rows * 16),)), (1, 0)).storage
     return torch.empty(0).set_(storage, 0, (rows, 4), (4, 1)).normal_()
 
 

@@ -75,7 +75,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def lend(pool: OutputPool, taken: OutputRange, step: int, nbytes: int = ROW) -> torch.Tensor:
-    storage = pool.lend(taken, nbytes, LOAN, (step, 0))
+    storage = pool.lend(taken, nbytes, LOAN, (step, 0)).storage
     return torch.empty(0).set_(storage, 0, *shape(nbytes // ROW)).normal_()
 
 
@@ -328,7 +328,7 @@ def test_what_a_backward_may_need_is_not_invalidated(pool: OutputPool, step: lis
     call(torch.ones(1, 128))
     (place,) = call.tree.places
     saved = Loan("region 0 (forward)", ((0, 0, ROW),), (None,), is_saved=True)
-    storage = pool.lend(place.outputs[0], ROW, saved, (1, 0))
+    storage = pool.lend(place.outputs[0], ROW, saved, (1, 0)).storage
     tensor = torch.empty(0).set_(storage, 0, *shape(1)).fill_(3)
     del storage
     step[0] += 1
