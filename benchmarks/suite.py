@@ -50,27 +50,28 @@ class Suite:
         found: list[Row] = []
         problems: list[str] = []
         (self.out / f"{name}.log").unlink(missing_ok=True)
-        for job in topic.JOBS:
-            results, problem = self.run_job(name, job, topic.LIMIT_S)
-            found += results
-            problems += [problem] if problem else []
+        with tempfile.TemporaryDirectory(prefix="benchmark") as folder:  # of caches, which a topic's jobs share
+            for job in topic.JOBS:
+                results, problem = self.run_job(name, job, topic.LIMIT_S, Path(folder))
+                found += results
+                problems += [problem] if problem else []
         problems += sorted({f"{row.way}, {row.case}: {row.note}" for row in found if row.note.startswith("failed")})
         wrong = sorted({f"{row.way}, {row.case}: off by {row.error:.1e} of the greatest" for row in found if row.wrong})
         if found:
             self.write(name, found)
         return Outcome(name, len(topic.JOBS), time.monotonic() - began, tuple(found), (*problems, *wrong))
 
-    def run_job(self, topic: str, job: str, limit: float) -> tuple[list[Row], str]:
+    def run_job(self, topic: str, job: str, limit: float, folder: Path) -> tuple[list[Row], str]:
         """Its rows, and what went wrong ("" if nothing)."""
         left = self.deadline - time.monotonic()
         if left < 10:
             return [], f"{job}: not started, the time was up"
         print(f"{topic}: {job} …", end=" ", flush=True)
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
-            file = Path(folder) / "rows.json"
-            status = self.run_process(topic, job, file, min(limit, left), folder)
-            results = rows.read_json(file)[1] if file.exists() else []
+        file = folder / "rows.json"
+        file.unlink(missing_ok=True)
+        status = self.run_process(topic, job, file, min(limit, left), str(folder))
+        results = rows.read_json(file)[1] if file.exists() else []
         seconds = time.monotonic() - began
         print(f"{status or 'done'} ({seconds:.0f} s)", flush=True)
         return results, f"{job}: {status}" if status else ""

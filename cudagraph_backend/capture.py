@@ -41,7 +41,7 @@ def run_once(table: Table, route: Route, inputs: Sequence[Any]) -> list[Any] | R
     """
     try:
         with table.allocations.run({}):
-            return list(table.device.driver.run_once(lambda: table.run(list(inputs))))
+            return list(table.run(list(inputs)))
     except torch.OutOfMemoryError:
         if table.region.has_effects or (table.region.kind == "backward" and route.in_place):
             raise
@@ -76,7 +76,7 @@ def provide(table: Table, plan: Plan, results: Sequence[Any], inputs: Sequence[A
 def record(table: Table, bucket: Bucket, results: list[Any], inputs: Sequence[Any], place: Place) -> Graph:
     """Put the results of the run in the pool, and capture the bucket, which writes them there itself.
 
-    The list of results is emptied: they are in the memory pool, which the capture uses. Raises ``CaptureError``.
+    The list of results is emptied, so that they take no memory while the bucket is captured. Raises ``CaptureError``.
     """
     layout, pool, run, allocations = bucket.layout, table.device.pool, table.run, table.allocations
     assert layout is not None

@@ -12,6 +12,7 @@ from cudagraph_backend.devices import Device
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill
 from cudagraph_backend.options import Options
+from cudagraph_backend.payoff import Payoff
 from cudagraph_backend.plan import Bucket, Plan, Sizes
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
 from cudagraph_backend.staging import Reading, shape_at
@@ -34,6 +35,7 @@ class Table:
         self.region = region
         self.device = device
         self.allocations = Allocations(device.driver.allocate)
+        self.payoff = Payoff(device.driver)
         self.run = self.allocations.bound_to(compiled, region.device.type)
         self.dims = region.dims
         self.probed: dict[str, set[int]] = {}

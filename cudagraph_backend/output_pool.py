@@ -112,7 +112,7 @@ class OutputRange:
     ``loan``, ``step`` and ``thread`` (the one that called) are those of the output lent last.
     """
 
-    __slots__ = ("__weakref__", "_lent", "_storages", "loan", "nbytes", "offset", "step", "thread")
+    __slots__ = ("__weakref__", "_is_listed", "_lent", "_storages", "loan", "nbytes", "offset", "step", "thread")
 
     def __init__(self, offset: int, nbytes: int):
         self.offset = offset
@@ -122,6 +122,7 @@ class OutputRange:
         self.thread = 0
         self._storages: dict[int, RangeStorage] = {}
         self._lent: RangeStorage | None = None
+        self._is_listed = False  # among those of the pool that may be live
 
     @property
     def end(self) -> int:
@@ -224,11 +225,13 @@ class OutputPool:
             if self._lent[position].is_live():
                 live.append(self._lent[position])
             else:
-                del self._lent[position]
+                self._lent.pop(position)._is_listed = False
         return live
 
     def live_ranges(self) -> list[OutputRange]:
-        self._lent = [taken for taken in self._lent if taken.is_live()]
+        for taken in list(self._lent):
+            if not taken.is_live():
+                self._unlist(taken)
         return list(self._lent)
 
     def free_spans(self) -> list[Span]:
@@ -249,17 +252,18 @@ class OutputPool:
     def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> RangeStorage:
         """The storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
         lent = self.storage_of(taken, nbytes)
-        if not self._is_listed(taken):
+        if not taken._is_listed:
             live = self.live_in(taken.span)  # dead ones there are not listed any more
             assert not live
             self._lent.insert(bisect_left(self._lent, taken.offset, key=_offset), taken)
+            taken._is_listed = True
         taken._lent, taken.loan, taken.step, taken.thread = lent, loan, step, get_ident()
         lent.lend()
         return lent
 
-    def _is_listed(self, taken: OutputRange) -> bool:
-        position = bisect_left(self._lent, taken.offset, key=_offset)
-        return position < len(self._lent) and self._lent[position] is taken
+    def _unlist(self, taken: OutputRange) -> None:
+        self._lent.remove(taken)
+        taken._is_listed = False
 
     def holder(self, storage: torch.UntypedStorage) -> OutputRange | None:
         """The range whose live outputs are on this storage."""
@@ -307,7 +311,7 @@ class OutputPool:
         taken._storages.pop(taken._lent.nbytes, None)
         self._by_storage.pop(storage._cdata, None)
         taken._lent = taken.loan = None
-        self._lent.remove(taken)
+        self._unlist(taken)
         return storage
 
 

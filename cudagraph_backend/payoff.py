@@ -1,4 +1,4 @@
-"""Payoff: whether a graph is worth replaying, measured once per bucket, when it is captured.
+"""Payoff: whether a graph is worth replaying, measured when it is captured.
 
 A graph saves launches, and costs copies of arguments. Where there is little to launch, the plain call is faster: a
 quarter of the CUDA graphs in use are slower than what they were captured from (PyGraph, arXiv 2503.19779).
@@ -11,19 +11,37 @@ from statistics import median
 
 from cudagraph_backend.drivers import Driver
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.plan import Sizes
 
 SLOWER = Refusal("replaying a graph measured slower than the plain call")
 _ROUNDS = 5
 _MARGIN = 1.1  # by less than that a measurement may be wrong, and a graph takes the host's time from fewer calls
 
 
-def payoff_refusal(driver: Driver, plain: Callable[[], object], replay: Callable[[], object]) -> Refusal | None:
-    """Why calls had better run plain; ``None`` if replaying is not slower, or can't be measured.
+class Payoff:
+    """Of one region's graphs.
 
-    Both are run several times, in turn.
+    Where replay is clearly faster, it is launches that a plain call spends its time on. That is so at smaller sizes,
+    too, as the same launches have less to do there: those are not measured.
     """
-    rounds = [(driver.seconds(plain), driver.seconds(replay)) for _ in range(_ROUNDS)]
-    if any(seconds is None for pair in rounds for seconds in pair):
-        return None
-    of_plain, of_replay = (median(seconds) for seconds in zip(*rounds, strict=True))  # type: ignore[type-var]
-    return SLOWER if of_replay > of_plain * _MARGIN else None  # type: ignore[operator]
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+        self._faster: list[Sizes] = []
+
+    def refusal(self, sizes: Sizes, plain: Callable[[], object], replay: Callable[[], object]) -> Refusal | None:
+        """Why calls of a bucket had better run plain; ``None`` if replaying is not slower, or can't be measured.
+
+        Both are run several times, in turn.
+        """
+        if any(all(a <= b for a, b in zip(sizes, larger, strict=True)) for larger in self._faster):
+            return None
+        rounds = [(self._driver.seconds(plain), self._driver.seconds(replay)) for _ in range(_ROUNDS)]
+        of_plain, of_replay = (
+            [seconds for seconds in column if seconds is not None] for column in zip(*rounds, strict=True)
+        )
+        if not of_plain or not of_replay:
+            return None
+        if median(of_replay) * _MARGIN < median(of_plain):
+            self._faster.append(sizes)
+        return SLOWER if median(of_replay) > median(of_plain) * _MARGIN else None

@@ -14,10 +14,9 @@ from cudagraph_backend import capture, probe
 from cudagraph_backend.devices import Device
 from cudagraph_backend.dispatch import Table
 from cudagraph_backend.drivers import Graph
-from cudagraph_backend.errors import CaptureError, Refusal, RefusalError
+from cudagraph_backend.errors import CaptureError, Refusal, RefusalError, is_out_of_memory
 from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, apart_refusal, layout_at, make_outputs
-from cudagraph_backend.payoff import payoff_refusal
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import write_back
@@ -210,11 +209,20 @@ class Replayer:
             if (slower := self._slower(table, plan, plan.layout, route, graph, args)) is not None:
                 table.refuse_bucket(plan.bucket, slower)
         except CaptureError as error:
-            failed = self._refusal = Refusal(f"capture failed: {error}")
+            failed = self._failed(table, plan, error)
         outputs = self._finish(table, plan, plan.layout, route, args)
         if failed is not None:
             self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs
+
+    def _failed(self, table: Table, plan: Plan, error: CaptureError) -> Refusal:
+        """From now on the region runs uncaptured, or only the bucket, if it is memory that its capture lacked."""
+        if isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__):
+            refusal = Refusal("no memory to capture a bucket")
+            table.refuse_bucket(plan.bucket, refusal)
+        else:
+            refusal = self._refusal = Refusal(f"capture failed: {error}")
+        return refusal
 
     def _slower(
         self, table: Table, plan: Plan, layout: Layout, route: Route, graph: Graph, args: list[Any]
@@ -230,7 +238,7 @@ class Replayer:
             graph.replay(route.stage, args)
             make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
 
-        return payoff_refusal(table.device.driver, lambda: self._compiled(list(args)), replay)
+        return table.payoff.refusal(plan.bucket.sizes, lambda: self._compiled(list(args)), replay)
 
     # ---- the way around
 

@@ -56,8 +56,11 @@ def run(job: str, settings: Settings) -> list[Row]:
     way = WAYS[name]
     if not runners.runs_on(way, settings.device):
         return [rows.left_out("memory", case, name, "needs CUDA")]
-    with torch.inference_mode():
-        return measure(case, QUICK if settings.quick else VARIANTS[case], way, settings)
+    try:
+        with torch.inference_mode():
+            return measure(case, QUICK if settings.quick else VARIANTS[case], way, settings)
+    except Exception as error:
+        return [rows.left_out("memory", case, name, rows.failure(error))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,6 @@ class Telling:
     def totals(self, levels: list[Level | None], seconds: list[float], graphs: int) -> list[Row]:
         last = levels[-1]
         results = [
-            self.row("first size, compiling", "s", seconds[0]),
             self.row("all other sizes", "s", sum(seconds[1:])),
             self.row("sizes", "", len(seconds)),
             self.row("graphs", "", graphs),
@@ -165,4 +167,6 @@ class Telling:
         return [
             self.row("outputs", "MiB", stats.output_pool_bytes / MIB),
             self.row("outputs if separate", "MiB", stats.sum_of_buckets_bytes / MIB),
+            self.row("scratch", "MiB", stats.memory_pool_bytes / MIB),
+            self.row("executables", "MiB", stats.executable_bytes / MIB),
         ]

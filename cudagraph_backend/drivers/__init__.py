@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from cudagraph_backend.staging import StagedCopy, Staging
-
-T = TypeVar("T")
 
 
 class Memory(Protocol):
@@ -52,11 +50,8 @@ class Driver(Protocol):
     def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for a buffer of a region that is run or captured."""
 
-    def run_once(self, run: Callable[[], T]) -> T:
-        """Run for real, before capture: initialises what is lazy (autotuning, handles), with capture's scratch."""
-
     def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> Graph:
-        """Capture ``run`` without running it.
+        """Capture ``run`` without running it. It was run before, as what is lazy can't begin in a capture (autotuning).
 
         It may draw random numbers if it ``draws``; there are inputs to copy or to fill if it ``stages``.
         Raises ``CaptureError``, leaving nothing behind, if it can't be.

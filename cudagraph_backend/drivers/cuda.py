@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +23,6 @@ from cudagraph_backend.torch_internals import (
     generator_state_apart,
     is_current_stream_capturing,
 )
-
-T = TypeVar("T")
 
 log = logging.getLogger("cudagraph_backend")
 
@@ -154,16 +152,16 @@ class CudaDriver:
     def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
 
-    def run_once(self, run: Callable[[], T]) -> T:
-        """Run on the capture stream, with the memory pool, so that capture finds the blocks of scratch it needs."""
-        with self._on_capture_stream():
-            pool = self._open_pool().pool
-            with torch.cuda.use_mem_pool(pool, self.device):
-                result = run()
-        clear_cublas_workspaces()
-        return result
-
     def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> CudaGraph:
+        try:
+            return self._capture(run, draws, stages)
+        except CaptureError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+        torch.cuda.empty_cache()  # which the allocator does by itself, but not in a capture
+        return self._capture(run, draws, stages)
+
+    def _capture(self, run: Callable[[], None], draws: bool, stages: bool) -> CudaGraph:
         idle = self._launches.idle() if stages and self._has_nodes else None
         torch.cuda.synchronize(self.device)
         with self._on_capture_stream(), _collector_off():

@@ -9,13 +9,11 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from cudagraph_backend.staging import StagedCopy, Staging, prepare
-
-T = TypeVar("T")
 
 _RESERVED = 1 << 36  # 64 GiB of addresses; a page takes memory when it is first written
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on; the value is Linux's
@@ -76,9 +74,6 @@ class HostDriver:
         if self.poison:
             torch.empty(0, dtype=torch.uint8, device="cpu").set_(buffer.untyped_storage()).fill_(0xFF)
         return buffer
-
-    def run_once(self, run: Callable[[], T]) -> T:
-        return run()
 
     def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> HostGraph:
         return HostGraph(run)

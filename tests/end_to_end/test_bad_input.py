@@ -89,10 +89,28 @@ def test_tensor_subclasses(device):
             torch.testing.assert_close(got.b, b * 2)
 
 
+def test_without_memory_to_capture_a_bucket_its_calls_run_plain(device, monkeypatch):
+    driver = type(sg.sharedgraph.device(device).driver)
+    capture = driver.capture
+
+    def fail(self, run, *, draws, stages):
+        raise sg.CaptureError("no memory") from torch.OutOfMemoryError("no memory")
+
+    compiled = torch.compile(lambda x: x * 2, backend="sharedgraph", options={"capture": "always"})
+    with torch.no_grad():
+        for n, method in ((5, fail), (5, capture), (20, capture), (6, capture), (20, capture)):
+            monkeypatch.setattr(driver, "capture", method)
+            x = torch.randn(n, 4, device=device)
+            torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+            torch.testing.assert_close(compiled(x), x * 2)
+    assert sg.stats().fallbacks == {"no memory to capture a bucket": 3}
+    assert (sg.stats().graphs, sg.stats().captures) == (1, 1)
+
+
 def test_a_failing_capture_still_answers(device, monkeypatch):
     """The call that was to capture has its values already; later ones run the compiled region."""
 
-    def fail(self, run, *, draws):
+    def fail(self, run, *, draws, stages):
         raise sg.CaptureError("the driver says no")
 
     driver = type(sg.sharedgraph.device(device).driver)

@@ -19,7 +19,7 @@ def executables_of_growing_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first graph captured has an executable of 1000 bytes, the next one of 2000, and so on."""
     sizes = itertools.count(1000, 1000)
 
-    def capture(self: HostDriver, run: Callable[[], None], draws: bool) -> HostGraph:
+    def capture(self: HostDriver, run: Callable[[], None], draws: bool, stages: bool) -> HostGraph:
         return HostGraph(run, next(sizes))
 
     monkeypatch.setattr(HostDriver, "capture", capture)

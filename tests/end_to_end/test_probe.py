@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
+from cudagraph_backend.allocations import Allocations
 from cudagraph_backend.analysis.padding.call import RULES, RegisteredRule
 from cudagraph_backend.analysis.padding.lattice import Fact
 
@@ -447,15 +448,19 @@ def test_no_probe_where_extremes_might_become_an_index(device):
 
 
 def test_without_memory_for_the_probe_the_call_is_answered_at_its_size(device, monkeypatch):
-    driver = type(sg.sharedgraph.device(device).driver)
-    run_once, failing = driver.run_once, [True, False, True]
+    bound_to, failing = Allocations.bound_to, [True, False, True]
 
-    def run(self, function):
-        if failing and failing.pop():
-            raise torch.OutOfMemoryError("none")
-        return run_once(self, function)
+    def sometimes(self, compiled, device_type):
+        run = bound_to(self, compiled, device_type)
 
-    monkeypatch.setattr(driver, "run_once", run)
+        def run_or_fail(inputs):
+            if failing and failing.pop():
+                raise torch.OutOfMemoryError("none")
+            return run(inputs)
+
+        return run_or_fail
+
+    monkeypatch.setattr(Allocations, "bound_to", sometimes)
     compiled = probed(double)
     check(compiled, double, device, (5,))
     assert failing == [True]

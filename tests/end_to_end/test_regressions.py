@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
+from cudagraph_backend.allocations import Allocations
 
 
 def compiled(function, **options):
@@ -194,7 +195,7 @@ def test_a_view_of_one_of_two_parameters_that_may_be_tied(device):
 
 
 def test_a_failing_capture_under_strict_writes_back_first(device, monkeypatch):
-    def fail(self, run, *, draws):
+    def fail(self, run, *, draws, stages):
         raise sg.CaptureError("no")
 
     monkeypatch.setattr(type(sg.sharedgraph.device(device).driver), "capture", fail)
@@ -336,18 +337,24 @@ def test_no_memory_for_a_backward_that_has_used_up_its_arguments(device, monkeyp
     """It can't be run again on what it has overwritten."""
     linear = nn.Linear(64, 4, device=device)
     f = compiled(lambda x: linear(x).tanh().sin())
-    driver = type(sg.sharedgraph.device(device).driver)
-    run_once = driver.run_once
+    bound_to, is_short = Allocations.bound_to, [True]
 
-    def late(self, run):
-        run_once(self, run)
-        raise torch.OutOfMemoryError("late")
+    def failing(self, compiled, device_type):
+        run = bound_to(self, compiled, device_type)
+
+        def late(inputs):
+            results = run(inputs)
+            if is_short:
+                raise torch.OutOfMemoryError("late")
+            return results
+
+        return late
 
     y = f(rows(6, device))
-    with monkeypatch.context() as patch:
-        patch.setattr(driver, "run_once", late)
-        with pytest.raises(torch.OutOfMemoryError, match="late"):
-            y.sum().backward()
+    monkeypatch.setattr(Allocations, "bound_to", failing)
+    with pytest.raises(torch.OutOfMemoryError, match="late"):
+        y.sum().backward()
+    is_short.clear()
     x = rows(6, device)
     (got,) = torch.autograd.grad(f(x).sum(), [linear.weight])
     (expected,) = torch.autograd.grad(linear(x).tanh().sin().sum(), [linear.weight])

@@ -58,7 +58,7 @@ def test_one_graph_is_staged_for_any_size_address_and_alignment(device):
             y = rng.choice([torch.randn(n, 16, device=device), x, *[k for k in kept if len(k) == n]])
             if out is not None and len(out) == n and rng.random() < 0.5:
                 y = out
-            kept = [*kept, y][-6:]
+            kept = [*kept, x][-6:]
             expected = x * 2 + y, x.sum(1)
             marked(x, y)
             out, sums = compiled(x, y)
@@ -113,5 +113,5 @@ def test_without_a_node_inputs_are_staged_before_the_graph(device, monkeypatch: 
         for n in (33, 35, 40, 17, 35):
             (x,) = marked(torch.randn(n, 16, device=device))
             torch.testing.assert_close(compiled(x), x * 2 + 1)
-    assert nodes() == [None, None]
+    assert set(nodes()) == {None}
     assert caplog.text.count("no such node") == 1
