@@ -6,11 +6,11 @@ outputs is known at every call, and what is written is checked against that. Liv
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from sys import getrefcount
 from threading import get_ident
 from weakref import WeakValueDictionary
 
@@ -64,18 +64,18 @@ class Loan:
 class RangeStorage:
     """A storage over the beginning of a range. Outputs of one size are made on it; it knows whether any is left."""
 
-    __slots__ = ("_idle_holders", "_idle_users", "_sources", "address", "nbytes", "storage")
+    __slots__ = ("_idle_holders", "_idle_users", "_sources", "address", "cdata", "nbytes", "storage")
 
     def __init__(self, storage: torch.UntypedStorage):
         self.storage = storage
+        self.cdata = storage._cdata
         self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
         self._idle_users = self._idle_holders = 0
         self._sources: dict[torch.dtype, torch.Tensor] = {}  # what outputs are made from
 
     def lend(self) -> None:
         """Nobody else may hold the storage when it is lent: what is counted now is the count of none."""
-        self._idle_users = storage_users(self.storage._cdata)
-        self._idle_holders = self._holders()
+        self._idle_users, self._idle_holders = storage_users(self.cdata), getrefcount(self.storage)
 
     def tensor(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
         """A new tensor on the storage, one of its own (no autograd view); ``offset`` in elements."""
@@ -86,11 +86,11 @@ class RangeStorage:
 
     def _new_source(self, dtype: torch.dtype) -> torch.Tensor:
         """It is none of those that are counted."""
-        users, holders = storage_users(self.storage._cdata), self._holders()
+        users, holders = storage_users(self.cdata), getrefcount(self.storage)
         with outside_inference_mode():
             source = torch.empty(0, dtype=dtype, device=self.storage.device).set_(self.storage)
-        self._idle_users += storage_users(self.storage._cdata) - users
-        self._idle_holders += self._holders() - holders
+        self._idle_users += storage_users(self.cdata) - users
+        self._idle_holders += getrefcount(self.storage) - holders
         return source
 
     def is_in_place(self) -> bool:
@@ -99,10 +99,7 @@ class RangeStorage:
 
     def is_in_use(self) -> bool:
         """Whether a tensor, a view or an export, or the storage object itself, is held by somebody else."""
-        return storage_users(self.storage._cdata) > self._idle_users or self._holders() > self._idle_holders
-
-    def _holders(self) -> int:
-        return sys.getrefcount(self.storage)
+        return storage_users(self.cdata) > self._idle_users or getrefcount(self.storage) > self._idle_holders
 
 
 class OutputRange:
@@ -155,6 +152,7 @@ class OutputPool:
         self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
         self._lent: list[OutputRange] = []  # those that may be live, by offset; no two of them overlap
         self.moved_out = 0
+        self.forgotten = 0  # storages that were a range's, and are not any more
 
     @property
     def device(self) -> torch.device:
@@ -208,11 +206,14 @@ class OutputPool:
     # ---- which bytes are alive
 
     def is_free(self, spans: Iterable[Span]) -> bool:
-        """Whether nothing in them is live."""
-        if self._lent:
-            for span in spans:
-                if self.live_in(span):
+        """Whether nothing in them is live. Dead ranges stay listed: most likely they are lent again at once."""
+        lent = self._lent
+        for first, end in spans:
+            position = bisect_left(lent, end, key=_offset) - 1
+            while position >= 0 and lent[position].end > first:
+                if lent[position].is_live():
                     return False
+                position -= 1
         return True
 
     def live_in(self, span: Span) -> list[OutputRange]:
@@ -245,21 +246,33 @@ class OutputPool:
         """The storage over the first ``nbytes`` bytes of a range, made once."""
         found = taken._storages.get(nbytes)
         if found is None or not found.is_in_place():
+            self.forgotten += found is not None
             found = taken._storages[nbytes] = RangeStorage(self.bytes(taken.offset, nbytes).untyped_storage())
-            self._by_storage[found.storage._cdata] = taken
+            self._by_storage[found.cdata] = taken
         return found
 
     def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> RangeStorage:
         """The storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
         lent = self.storage_of(taken, nbytes)
         if not taken._is_listed:
-            live = self.live_in(taken.span)  # dead ones there are not listed any more
-            assert not live
-            self._lent.insert(bisect_left(self._lent, taken.offset, key=_offset), taken)
-            taken._is_listed = True
+            self._list(taken)
         taken._lent, taken.loan, taken.step, taken.thread = lent, loan, step, get_ident()
         lent.lend()
         return lent
+
+    def _list(self, taken: OutputRange) -> None:
+        """In place of those that it overlaps, which are dead."""
+        lent = self._lent
+        first = position = bisect_left(lent, taken.offset, key=_offset)
+        if first and lent[first - 1].end > taken.offset:
+            first -= 1
+        while position < len(lent) and lent[position].offset < taken.end:
+            position += 1
+        for other in lent[first:position]:
+            assert not other.is_live()
+            other._is_listed = False
+        lent[first:position] = [taken]
+        taken._is_listed = True
 
     def _unlist(self, taken: OutputRange) -> None:
         self._lent.remove(taken)
@@ -308,6 +321,7 @@ class OutputPool:
         """The storage of a live output, which the pool forgets."""
         assert taken._lent is not None
         storage = taken._lent.storage
+        self.forgotten += 1
         taken._storages.pop(taken._lent.nbytes, None)
         self._by_storage.pop(storage._cdata, None)
         taken._lent = taken.loan = None

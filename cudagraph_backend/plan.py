@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.outputs import Layout
 from cudagraph_backend.region import DynamicDim
-from cudagraph_backend.staging import Reading
+from cudagraph_backend.staging import Reading, Sighting
 
 Sizes: TypeAlias = "tuple[int, ...]"
 
@@ -35,7 +35,7 @@ class Plan:
 
     ``readings`` are those of the staged inputs. ``counts`` are the region's ``CountInput``s; ``to_probe`` are the
     padded dims that the probe must look at before the plan may answer a call. ``layout`` is that of the real rows of
-    outputs.
+    outputs. ``sightings`` tell where the arguments of the last calls were found.
     """
 
     sizes: Sizes
@@ -46,3 +46,4 @@ class Plan:
     counts: tuple[torch.Tensor, ...] = ()
     to_probe: tuple[DynamicDim, ...] = ()
     layout: Layout | None = None
+    sightings: list[Sighting] = field(default_factory=list)

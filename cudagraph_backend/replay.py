@@ -19,9 +19,9 @@ from cudagraph_backend.options import Options
 from cudagraph_backend.outputs import Layout, apart_refusal, layout_at, make_outputs
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
-from cudagraph_backend.staging import write_back
+from cudagraph_backend.staging import Where, write_back
 from cudagraph_backend.torch_internals import Compiled, current_step
-from cudagraph_backend.tree import Route, Where
+from cudagraph_backend.tree import Route
 
 log = logging.getLogger("cudagraph_backend")
 

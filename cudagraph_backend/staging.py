@@ -121,6 +121,40 @@ class Reading:
         return staged_copy(self.index, buffer, self.real, self.row_entries, self.fill)
 
 
+Where: TypeAlias = "tuple[int | None, ...]"
+"""Per staged input, where a call's argument is read: the offset from the pool's first byte, also of what lies outside;
+``None``: the argument is copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Where the arguments of a call were found, and what tells that those of another one are found there, too.
+
+    Attributes:
+        inside: index, address and storage of each argument in the pool, and of caches elsewhere (no storage).
+        outside: the indices of the others, which are copied from wherever outside of the pool they are.
+        forgotten: the pool's count of the storages that it has forgotten; another storage may look like such a one.
+    """
+
+    where: Where
+    inside: tuple[tuple[int, int, int | None], ...]
+    outside: tuple[int, ...]
+    forgotten: int
+
+    def holds(self, pool: OutputPool, args: Sequence[torch.Tensor]) -> bool:
+        for index, address, storage in self.inside:
+            tensor = args[index]
+            if tensor.data_ptr() != address:
+                return False
+            if storage is not None and tensor.untyped_storage()._cdata != storage:
+                return False
+        start, end = pool.address, pool.address + pool.nbytes
+        for index in self.outside:
+            if start <= args[index].data_ptr() < end:
+                return False
+        return self.forgotten == pool.forgotten
+
+
 @dataclass(frozen=True, slots=True)
 class StagedCopy:
     """How one call's argument gets into the buffer that a graph reads, and its padded rows get filled.

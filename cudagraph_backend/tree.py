@@ -14,23 +14,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import get_ident
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.output_pool import OutputPool, OutputRange, can_invalidate, can_move_out
+from cudagraph_backend.output_pool import OutputPool, OutputRange, Step, can_invalidate, can_move_out
 from cudagraph_backend.plan import Plan, Sizes
 from cudagraph_backend.region import Region
 from cudagraph_backend.spans import Span, meets, merged
-from cudagraph_backend.staging import Reading, StagedCopy, Staging, byte_span, is_aligned, prepare
+from cudagraph_backend.staging import (
+    Reading,
+    Sighting,
+    StagedCopy,
+    Staging,
+    Where,
+    byte_span,
+    is_aligned,
+    prepare,
+)
 from cudagraph_backend.torch_internals import addresses_equal, current_step
-
-Where: TypeAlias = "tuple[int | None, ...]"
-"""Per staged input, where a call's argument is read: the offset from the pool's first byte, also of what lies outside;
-``None``: the argument is copied."""
 
 TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _ADDRESSES_MOVE = Refusal("arguments keep moving to new addresses")
@@ -43,8 +48,9 @@ _FOUND_PER_INPUT = 8
 _CACHES_PER_INPUT = 2
 _FOUND_OFTEN = 8
 _FOUND_REMEMBERED = 256
+_SIGHTINGS = 4  # x = f(x) alternates between two
 _CLEARED_OFTEN = 8
-_OLDER_OUTPUTS_KEPT = 4  # sets of outputs, where they can't be moved out
+_STEPS_KEPT = 4  # whose outputs are alive, where they can't be moved out
 
 
 @dataclass(eq=False)
@@ -87,7 +93,7 @@ class Route:
         copies: of the arguments that are copied.
         in_place: of those that are read where they lie; only their padded rows are written.
         written: those of ``copies`` whose arguments the region changes.
-        writes: the bytes of the pool that a call writes.
+        writes: the bytes of the pool that a call writes, as merged spans.
         fixed: where the other arguments are, static or read in place, as merged spans of addresses; those that the
             region changes in ``fixed_written``. Both are empty for a region that changes none.
         stage: copies ``copies``, and fills the padded rows of these and of ``in_place``.
@@ -98,7 +104,7 @@ class Route:
     copies: tuple[StagedCopy, ...]
     in_place: tuple[StagedCopy, ...]
     written: tuple[StagedCopy, ...]
-    writes: tuple[Span, ...]
+    writes: list[Span]
     fixed: list[Span]
     fixed_written: list[Span]
     stage: Staging
@@ -142,7 +148,6 @@ class Tree:
         self._pool = pool
         self._options = options
         self._routes: dict[tuple[Sizes, Sizes, Where], list[Route]] = {}
-        self._nowhere: Where = (None,) * len(region.staged)
         self._calls = 0
         self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
         self._put_off: set[tuple[Where, tuple[int | None, ...]]] = set()
@@ -151,12 +156,10 @@ class Tree:
 
     def where(self, plan: Plan, args: Sequence[Any]) -> Where:
         """Where the call's arguments are read."""
-        start = self._pool.address
-        end = start + self._pool.nbytes
-        for reading in plan.readings:
-            if start <= args[reading.index].data_ptr() < end or reading.is_cache:
-                return self._where_found(plan, args)
-        return self._nowhere
+        for sighting in plan.sightings:
+            if sighting.holds(self._pool, args):
+                return sighting.where
+        return self._look(plan, args)
 
     def route(self, plan: Plan, where: Where, args: list[Any]) -> Route | None:
         """A route to a captured graph that may be replayed, among those that were taken before."""
@@ -176,21 +179,35 @@ class Tree:
 
     # ---- the way to a route
 
-    def _where_found(self, plan: Plan, args: Sequence[Any]) -> Where:
+    def _look(self, plan: Plan, args: Sequence[Any]) -> Where:
         where: list[int | None] = []
         padded: list[OutputRange] = []
+        inside: list[tuple[int, int, int | None]] = []
+        is_settled = True
         for reading in plan.readings:
             tensor = args[reading.index]
-            offset = tensor.data_ptr() - self._pool.address
-            taken = reading.found_in(self._pool, tensor)
+            address = tensor.data_ptr()
+            offset = address - self._pool.address
+            is_inside = 0 <= offset < self._pool.nbytes
+            taken = reading.found_in(self._pool, tensor) if is_inside else None
+            found, may_stay = None, False
             if taken is None:
-                is_cache = reading.is_cache and is_aligned(tensor.data_ptr())
-                where.append(self._few((), reading.index, offset, _CACHES_PER_INPUT) if is_cache else None)
-            elif reading.is_padded and taken in padded:
-                where.append(None)  # of two arguments on one range, one might overwrite the padded rows of the other
-            else:
+                may_stay = reading.is_cache and is_aligned(address)
+                found = self._few((), reading.index, offset, _CACHES_PER_INPUT) if may_stay else None
+            # Of two arguments on one range, one might overwrite the padded rows of the other.
+            elif not reading.is_padded or taken not in padded:
+                may_stay = True
                 padded += [taken] if reading.is_padded else []
-                where.append(self._few(plan.bucket.sizes, reading.index, offset, _FOUND_PER_INPUT))
+                found = self._few(plan.bucket.sizes, reading.index, offset, _FOUND_PER_INPUT)
+            where.append(found)
+            is_settled &= not may_stay or found is not None
+            if is_inside or reading.is_cache:
+                inside.append((reading.index, address, tensor.untyped_storage()._cdata if is_inside else None))
+        if is_settled:
+            known = {index for index, _, _ in inside}
+            outside = tuple(reading.index for reading in plan.readings if reading.index not in known)
+            sighting = Sighting(tuple(where), tuple(inside), outside, self._pool.forgotten)
+            plan.sightings = [sighting, *plan.sightings[: _SIGHTINGS - 1]]
         return tuple(where)
 
     def _few(self, sizes: Sizes, index: int, offset: int, most: int) -> int | None:
@@ -211,6 +228,7 @@ class Tree:
         on call after call, as the caller holds the last output (``out = f(x)``), a second place spares the copies.
         """
         older: list[Route] = []
+        steps: set[Step] = set()
         read = self._offsets_read(where, args)
         for route in self._fitting(plan, where, args):
             blockers = route.blockers(self._pool)
@@ -218,6 +236,7 @@ class Tree:
                 return route
             if all(self._may_go(taken, read) for taken in blockers):
                 older.append(route)
+                steps.update(taken.step for taken in blockers)
         try:
             for route in older:
                 if plan.bucket.sizes not in route.place.graphs:
@@ -228,7 +247,7 @@ class Tree:
                 if not (is_often and len(older) == 1) and self._clear(route.blockers(self._pool), args):
                     route.place.cleared[plan.bucket.sizes] += 1
                     return route
-            if len(older) >= _OLDER_OUTPUTS_KEPT:
+            if len(steps) >= _STEPS_KEPT:
                 return _LIVE_OUTPUTS
             return self._route_to(self._new_place(plan, where, args), plan, where, args)
         except torch.OutOfMemoryError as error:
@@ -281,12 +300,9 @@ class Tree:
         buffers: dict[int, torch.Tensor] = {}
         copies: list[StagedCopy] = []
         in_place: list[StagedCopy] = []
-        writes = [taken.span for taken in place.outputs]
         for reading, found, (first, _) in zip(plan.readings, where, place.inputs, strict=True):
             buffers[reading.index] = buffer = reading.buffer(self._pool, first)
             (copies if found is None else in_place).append(reading.copy_to(buffer))
-            if found is None and reading.nbytes:
-                writes.append((first, first + reading.nbytes))
         inputs = bucket_inputs(self._region, plan.bucket.sizes, buffers)
         copied = {copy.index for copy in copies}
         mutated = {tensor.index for tensor in self._region.inputs if tensor.mutated}
@@ -297,11 +313,16 @@ class Tree:
             tuple(copies),
             tuple(in_place),
             tuple(copy for copy in copies if copy.index in mutated),
-            tuple(writes),
+            self._writes(place.outputs, copies),
             merged(byte_span(args[index]) for index in fixed),
             merged(byte_span(args[index]) for index in fixed if index in mutated),
             self._prepare(copies, in_place),
         )
+
+    def _writes(self, outputs: Sequence[OutputRange], copies: Sequence[StagedCopy]) -> list[Span]:
+        copied = (byte_span(copy.bucket) for copy in copies)
+        start = self._pool.address
+        return merged([*(taken.span for taken in outputs), *((first - start, end - start) for first, end in copied)])
 
     # ---- new places and graphs
 
@@ -366,9 +387,8 @@ class Tree:
                 outputs = self._ranges(place, provided)
             except torch.OutOfMemoryError:
                 outputs = self._ranges(place, range_nbytes)
-            writes = [span for span in route.writes if span not in [taken.span for taken in place.outputs]]
             place = Place(place.static_addresses, place.inputs, place.staging, outputs)
-            route = replace(route, place=place, writes=(*(taken.span for taken in outputs), *writes))
+            route = replace(route, place=place, writes=self._writes(outputs, route.copies))
         return route
 
     def _ranges(self, place: Place, needs: Sequence[int]) -> tuple[OutputRange, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import sys
 import threading
 
 import pytest
@@ -371,3 +373,42 @@ def test_gradients_accumulate_under_on_overwrite_error(device):
         f(x).sum().backward()
         eager(x).tanh().sum().backward()
     torch.testing.assert_close(ours.weight.grad, eager.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def no_move(monkeypatch):
+    """As torch before 2.12: live outputs can't be moved out."""
+    monkeypatch.setattr(sys.modules["cudagraph_backend.output_pool"], "CAN_MOVE_STORAGE", False)
+
+
+def test_an_output_that_blocks_many_places_is_still_one(device, no_move):
+    """Places share bytes. What a caller keeps is counted by the steps it is from, not by the places that it blocks."""
+    rng, f = random.Random(0), compiled(lambda x, y: (x * 2 + y, x.sum(1)))
+    memory, out = torch.randn(1 << 16, device=device), None
+    with torch.no_grad():
+        for _ in range(150):
+            n = rng.choice([33, 35, 36, 40])
+            x = memory[rng.choice([0, 1, 2, 64, 4096]) :][: n * 16].view(n, 16)
+            y = torch.randn(n, 16, device=device)
+            if out is not None and len(out) == n:
+                y = out
+            for tensor in (x, y):
+                torch._dynamo.mark_dynamic(tensor, 0, min=2, max=64)
+            expected = x * 2 + y
+            out, _ = f(x, y)
+            torch.testing.assert_close(out, expected)
+    assert sg.stats().fallbacks == {}
+    assert sg.stats().read_in_place
+
+
+def test_outputs_of_many_steps_are_kept_by_running_plain(device, no_move):
+    f, kept = compiled(lambda x: x * 2), []
+    with torch.no_grad():
+        for n in (5, 6, 7, 8) * 4:
+            x = rows(n, device)
+            kept.append((f(x), x * 2))
+    for got, expected in kept:
+        torch.testing.assert_close(got, expected)
+    assert sg.stats().fallbacks == {
+        "too many outputs of earlier calls are alive, and torch before 2.12 can't move them": 12
+    }
