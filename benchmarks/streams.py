@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ def _first_passes(stream: Stream, way: Way, references: Sequence[Tensor | None],
                 lane.served(*batch)
             timing.wait(device)
             lane.compiling_s = time.perf_counter() - start
+            gc.collect()
+            gc.freeze()  # what compiling has left; else a call somewhere waits for half a second while it is searched
             lane.first_s = _pass(stream, lane, references, device)
             _pass(stream, lane, references, device)
 
