@@ -94,8 +94,8 @@ class RangeStorage:
         return source
 
     def is_in_place(self) -> bool:
-        """Whether the storage still has the range's memory: ``share_memory_`` and ``resize_`` give it another one."""
-        return self.storage.data_ptr() == self.address and self.storage.nbytes() == self.nbytes
+        """Whether the storage still has the range's memory: ``share_memory_`` gives it another one."""
+        return self.storage.data_ptr() == self.address
 
     def is_in_use(self) -> bool:
         """Whether a tensor, a view or an export, or the storage object itself, is held by somebody else."""
