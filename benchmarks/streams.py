@@ -74,6 +74,13 @@ def run_stream(stream: Stream, ways: Sequence[Way], settings: Settings) -> list[
     """Rows for each way; one that can't run here, or fails, gets a row that says so."""
     device = settings.device
     runners.warm_up_compiler(device)
+    try:
+        return _rows_of_ways(stream, ways, device)
+    finally:
+        gc.unfreeze()
+
+
+def _rows_of_ways(stream: Stream, ways: Sequence[Way], device: torch.device) -> list[Row]:
     with torch.inference_mode(not stream.grad):
         references = _references(stream)
         lanes = [_first_passes(stream, way, references, device) for way in ways if runners.runs_on(way, device)]

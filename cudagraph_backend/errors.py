@@ -28,12 +28,13 @@ class RefusalError(SharedGraphError, RuntimeError):
 
 
 class CaptureError(SharedGraphError, RuntimeError):
-    """A capture failed and was cleanly aborted; the region runs uncaptured from then on."""
+    """A capture failed and was cleanly aborted."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory could not be had; the CPU's allocator has no exception of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether memory could not be had; beyond torch's allocator for CUDA there is no exception of its own for that."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Loan:
 class RangeStorage:
     """A storage over the beginning of a range. Outputs of one size are made on it; it knows whether any is left."""
 
-    __slots__ = ("_idle_holders", "_idle_users", "_sources", "address", "cdata", "nbytes", "storage")
+    __slots__ = ("__weakref__", "_idle_holders", "_idle_users", "_sources", "address", "cdata", "nbytes", "storage")
 
     def __init__(self, storage: torch.UntypedStorage):
         self.storage = storage
@@ -152,7 +152,6 @@ class OutputPool:
         self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
         self._lent: list[OutputRange] = []  # those that may be live, by offset; no two of them overlap
         self.moved_out = 0
-        self.forgotten = 0  # storages that were a range's, and are not any more
 
     @property
     def device(self) -> torch.device:
@@ -246,7 +245,6 @@ class OutputPool:
         """The storage over the first ``nbytes`` bytes of a range, made once."""
         found = taken._storages.get(nbytes)
         if found is None or not found.is_in_place():
-            self.forgotten += found is not None
             found = taken._storages[nbytes] = RangeStorage(self.bytes(taken.offset, nbytes).untyped_storage())
             self._by_storage[found.cdata] = taken
         return found
@@ -281,8 +279,13 @@ class OutputPool:
     def holder(self, storage: torch.UntypedStorage) -> OutputRange | None:
         """The range whose live outputs are on this storage."""
         taken = self._by_storage.get(storage._cdata)
+        return None if taken is None or self.lent(storage) is None else taken
+
+    def lent(self, storage: torch.UntypedStorage) -> RangeStorage | None:
+        """What is known of this storage, if live outputs of a range are on it."""
+        taken = self._by_storage.get(storage._cdata)
         lent = None if taken is None else taken._lent
-        return taken if lent is not None and lent.storage._cdata == storage._cdata and lent.is_in_place() else None
+        return lent if lent is not None and lent.cdata == storage._cdata and lent.is_in_place() else None
 
     def move_out(self, taken: OutputRange) -> torch.UntypedStorage:
         """Give a live output memory of its own, with its bytes; all tensors on it follow. The range is then free.
@@ -321,7 +324,6 @@ class OutputPool:
         """The storage of a live output, which the pool forgets."""
         assert taken._lent is not None
         storage = taken._lent.storage
-        self.forgotten += 1
         taken._storages.pop(taken._lent.nbytes, None)
         self._by_storage.pop(storage._cdata, None)
         taken._lent = taken.loan = None

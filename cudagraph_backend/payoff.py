@@ -22,19 +22,22 @@ class Payoff:
     """Of one region's graphs.
 
     Where replay is clearly faster, it is launches that a plain call spends its time on. That is so at smaller sizes,
-    too, as the same launches have less to do there: those are not measured.
+    too, as the same launches have less to do there: those are not measured, unless more is copied for their calls.
     """
 
     def __init__(self, driver: Driver):
         self._driver = driver
-        self._faster: list[Sizes] = []
+        self._faster: list[tuple[int, ...]] = []
 
-    def refusal(self, sizes: Sizes, plain: Callable[[], object], replay: Callable[[], object]) -> Refusal | None:
+    def refusal(
+        self, sizes: Sizes, copied: int, plain: Callable[[], object], replay: Callable[[], object]
+    ) -> Refusal | None:
         """Why calls of a bucket had better run plain; ``None`` if replaying is not slower, or can't be measured.
 
-        Both are run several times, in turn.
+        Both are run several times, in turn. ``copied`` are the bytes of arguments that a replay copies first.
         """
-        if any(all(a <= b for a, b in zip(sizes, larger, strict=True)) for larger in self._faster):
+        work = (*sizes, copied)
+        if any(all(a <= b for a, b in zip(work, more, strict=True)) for more in self._faster):
             return None
         rounds = [(self._driver.seconds(plain), self._driver.seconds(replay)) for _ in range(_ROUNDS)]
         of_plain, of_replay = (
@@ -43,5 +46,5 @@ class Payoff:
         if not of_plain or not of_replay:
             return None
         if median(of_replay) * _MARGIN < median(of_plain):
-            self._faster.append(sizes)
+            self._faster.append(work)
         return SLOWER if median(of_replay) > median(of_plain) * _MARGIN else None

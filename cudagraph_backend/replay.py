@@ -209,20 +209,18 @@ class Replayer:
             if (slower := self._slower(table, plan, plan.layout, route, graph, args)) is not None:
                 table.refuse_bucket(plan.bucket, slower)
         except CaptureError as error:
-            failed = self._failed(table, plan, error)
+            failed = self._failed(table, error)
         outputs = self._finish(table, plan, plan.layout, route, args)
         if failed is not None:
             self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs
 
-    def _failed(self, table: Table, plan: Plan, error: CaptureError) -> Refusal:
-        """From now on the region runs uncaptured, or only the bucket, if it is memory that its capture lacked."""
+    def _failed(self, table: Table, error: CaptureError) -> Refusal:
+        """From now on the region runs uncaptured; if memory was short, only what has no graph yet, for a while."""
         if isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__):
-            refusal = Refusal("no memory to capture a bucket")
-            table.refuse_bucket(plan.bucket, refusal)
-        else:
-            refusal = self._refusal = Refusal(f"capture failed: {error}")
-        return refusal
+            return table.tree.pause_captures()
+        self._refusal = Refusal(f"capture failed: {error}")
+        return self._refusal
 
     def _slower(
         self, table: Table, plan: Plan, layout: Layout, route: Route, graph: Graph, args: list[Any]
@@ -238,7 +236,8 @@ class Replayer:
             graph.replay(route.stage, args)
             make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
 
-        return table.payoff.refusal(plan.bucket.sizes, lambda: self._compiled(list(args)), replay)
+        copied = sum(copy.bucket.nbytes for copy in route.copies)
+        return table.payoff.refusal(plan.bucket.sizes, copied, lambda: self._compiled(list(args)), replay)
 
     # ---- the way around
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeAlias
+from weakref import ref
 
 import torch
 
 from cudagraph_backend.fill import Fill
-from cudagraph_backend.output_pool import OutputPool, OutputRange
+from cudagraph_backend.output_pool import OutputPool, OutputRange, RangeStorage
 from cudagraph_backend.region import TensorInput, Values, evaluate_all
 from cudagraph_backend.spans import Span
 from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once, same_places
@@ -133,26 +134,26 @@ class Sighting:
     Attributes:
         inside: index, address and storage of each argument in the pool, and of caches elsewhere (no storage).
         outside: the indices of the others, which are copied from wherever outside of the pool they are.
-        forgotten: the pool's count of the storages that it has forgotten; another storage may look like such a one.
     """
 
     where: Where
-    inside: tuple[tuple[int, int, int | None], ...]
+    inside: tuple[tuple[int, int, ref[RangeStorage] | None], ...]
     outside: tuple[int, ...]
-    forgotten: int
 
     def holds(self, pool: OutputPool, args: Sequence[torch.Tensor]) -> bool:
         for index, address, storage in self.inside:
             tensor = args[index]
             if tensor.data_ptr() != address:
                 return False
-            if storage is not None and tensor.untyped_storage()._cdata != storage:
-                return False
+            if storage is not None:
+                known = storage()  # gone: another storage may look like it
+                if known is None or tensor.untyped_storage()._cdata != known.cdata:
+                    return False
         start, end = pool.address, pool.address + pool.nbytes
-        for index in self.outside:
+        for index in self.outside:  # noqa: SIM110 (a generator takes longer)
             if start <= args[index].data_ptr() < end:
                 return False
-        return self.forgotten == pool.forgotten
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import torch
 
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.output_pool import OutputPool, OutputRange, Step, can_invalidate, can_move_out
+from cudagraph_backend.output_pool import OutputPool, OutputRange, RangeStorage, Step, can_invalidate, can_move_out
 from cudagraph_backend.plan import Plan, Sizes
 from cudagraph_backend.region import Region
 from cudagraph_backend.spans import Span, meets, merged
@@ -38,12 +39,13 @@ from cudagraph_backend.staging import (
 from cudagraph_backend.torch_internals import addresses_equal, current_step
 
 TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
+_NO_MEMORY = Refusal("no memory to capture a graph")
 _ADDRESSES_MOVE = Refusal("arguments keep moving to new addresses")
 _LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
 
 _UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets of parameters before any is met again
 _PLACES = 128
-_IDLE_CALLS = 1000  # after that many calls of the region elsewhere, a place may make room for another one
+_IDLE_CALLS = 1000  # after so many calls a place that none of them used may make room, or memory may be had again
 _FOUND_PER_INPUT = 8
 _CACHES_PER_INPUT = 2
 _FOUND_OFTEN = 8
@@ -149,6 +151,7 @@ class Tree:
         self._options = options
         self._routes: dict[tuple[Sizes, Sizes, Where], list[Route]] = {}
         self._calls = 0
+        self._captures_again = 0  # the number of the call from which on there may be memory
         self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
         self._put_off: set[tuple[Where, tuple[int | None, ...]]] = set()
 
@@ -182,7 +185,7 @@ class Tree:
     def _look(self, plan: Plan, args: Sequence[Any]) -> Where:
         where: list[int | None] = []
         padded: list[OutputRange] = []
-        inside: list[tuple[int, int, int | None]] = []
+        inside: list[tuple[int, int, ref[RangeStorage] | None]] = []
         is_settled = True
         for reading in plan.readings:
             tensor = args[reading.index]
@@ -201,12 +204,16 @@ class Tree:
                 found = self._few(plan.bucket.sizes, reading.index, offset, _FOUND_PER_INPUT)
             where.append(found)
             is_settled &= not may_stay or found is not None
-            if is_inside or reading.is_cache:
-                inside.append((reading.index, address, tensor.untyped_storage()._cdata if is_inside else None))
+            if is_inside:
+                lent = self._pool.lent(tensor.untyped_storage())
+                is_settled &= lent is not None
+                inside.append((reading.index, address, ref(lent) if lent is not None else None))
+            elif reading.is_cache:
+                inside.append((reading.index, address, None))
         if is_settled:
             known = {index for index, _, _ in inside}
             outside = tuple(reading.index for reading in plan.readings if reading.index not in known)
-            sighting = Sighting(tuple(where), tuple(inside), outside, self._pool.forgotten)
+            sighting = Sighting(tuple(where), tuple(inside), outside)
             plan.sightings = [sighting, *plan.sightings[: _SIGHTINGS - 1]]
         return tuple(where)
 
@@ -247,7 +254,7 @@ class Tree:
                 if not (is_often and len(older) == 1) and self._clear(route.blockers(self._pool), args):
                     route.place.cleared[plan.bucket.sizes] += 1
                     return route
-            if len(steps) >= _STEPS_KEPT:
+            if len(steps) >= _STEPS_KEPT and not can_move_out():
                 return _LIVE_OUTPUTS
             return self._route_to(self._new_place(plan, where, args), plan, where, args)
         except torch.OutOfMemoryError as error:
@@ -353,6 +360,8 @@ class Tree:
         After many captures that no call made use of, addresses must be met twice to be captured.
         """
         self._calls += 1
+        if self._calls < self._captures_again:
+            return _NO_MEMORY
         if not self.has_room():
             return TOO_MANY_GRAPHS
         if place not in self.places and len(self.places) >= _PLACES and not self._drop_idle_place():
@@ -366,6 +375,11 @@ class Tree:
             self._put_off.clear()
         self._put_off.add(addresses)
         return _ADDRESSES_MOVE
+
+    def pause_captures(self) -> Refusal:
+        """After one for which there was no memory: graphs are replayed, and nothing new is captured for a while."""
+        self._captures_again = self._calls + _IDLE_CALLS
+        return _NO_MEMORY
 
     def _drop_idle_place(self) -> bool:
         idle = min(self.places, key=lambda place: place.used, default=None)

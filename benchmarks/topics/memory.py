@@ -61,6 +61,8 @@ def run(job: str, settings: Settings) -> list[Row]:
             return measure(case, QUICK if settings.quick else VARIANTS[case], way, settings)
     except Exception as error:
         return [rows.left_out("memory", case, name, rows.failure(error))]
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend.errors import CaptureError
+from cudagraph_backend.errors import CaptureError, is_out_of_memory
 from cudagraph_backend.kernels.node import StagingNode
 from cudagraph_backend.kernels.staging import DeviceTable, KernelStaging, Launches
 from cudagraph_backend.staging import StagedCopy, Staging
@@ -127,8 +127,7 @@ class CudaGraph:
     graph: torch.cuda.CUDAGraph
     memory: MemoryPool  # must outlive the graph
     executable_nbytes: int
-    idle: DeviceTable | None  # what a staging kernel without parameters reads
-    node: StagingNode | None
+    node: StagingNode | None = None
 
     def replay(self, staging: Staging, args: Sequence[Any]) -> None:
         staging(args, self.node)
@@ -156,16 +155,19 @@ class CudaDriver:
         try:
             return self._capture(run, draws, stages)
         except CaptureError as error:
-            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            if not (isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__)):
                 raise
         torch.cuda.empty_cache()  # which the allocator does by itself, but not in a capture
         return self._capture(run, draws, stages)
 
     def _capture(self, run: Callable[[], None], draws: bool, stages: bool) -> CudaGraph:
-        idle = self._launches.idle() if stages and self._has_nodes else None
-        torch.cuda.synchronize(self.device)
         with self._on_capture_stream(), _collector_off():
-            memory = self._open_pool()
+            try:
+                memory = self._open_pool()
+                idle = self._launches.idle() if stages and self._has_nodes else None
+            except Exception as error:
+                raise _capture_error(error) from error
+            torch.cuda.synchronize(self.device)
             # cuBLAS workspaces from before are not in the memory pool; those made during capture must not stay in it.
             clear_cublas_workspaces()
             # Kept, as the node of an executable is named by the graph that it was made of.
@@ -177,20 +179,25 @@ class CudaDriver:
                 run()
                 clear_cublas_workspaces()
                 graph.capture_end()
-                if idle is not None:
-                    graph.instantiate()
             except BaseException as error:
                 self._abort(graph, memory)
                 if isinstance(error, Exception):
-                    raise CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+                    raise _capture_error(error) from error
                 raise
-            executable = self._taken_outside_allocator() - taken
-        return CudaGraph(graph, memory, max(executable, 0), idle, self._staging_node(graph, idle))
+            node = None if idle is None else self._staging_node(graph, idle)
+            executable = max(self._taken_outside_allocator() - taken, 0)
+        if idle is not None and node is None:
+            return self._capture(run, draws, stages)  # again, without the kernel
+        return CudaGraph(graph, memory, executable, node)
 
-    def _staging_node(self, graph: torch.cuda.CUDAGraph, idle: DeviceTable | None) -> StagingNode | None:
-        """``None`` where there is none, or none whose parameters can be set, which is told once."""
+    def _staging_node(self, graph: torch.cuda.CUDAGraph, idle: DeviceTable) -> StagingNode | None:
+        """Instantiates the graph. ``None`` where its parameters can't be set, which is told once."""
         try:
-            return None if idle is None else StagingNode(graph, idle)
+            graph.instantiate()
+        except Exception as error:
+            raise _capture_error(error) from error
+        try:
+            return StagingNode(graph, idle)
         except Exception as error:
             self._has_nodes = False
             log.warning("inputs are staged before graphs, not in them: %s: %s", type(error).__name__, error)
@@ -214,11 +221,13 @@ class CudaDriver:
     def _abort(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool) -> None:
         """End a capture that went wrong, and make the allocators and the random number generator usable again.
 
-        The memory pool may stay in the state of being captured to, so later captures get a new one; graphs that exist
-        keep theirs. Opening it ends with a successful capture, which takes the generator out of its capturing state.
+        Where it can't be ended as any other, the memory pool may stay in the state of being captured to, so later
+        captures get a new one; graphs that exist keep theirs. Opening it ends with a successful capture, which takes
+        the generator out of its capturing state.
         """
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
+            return
         end_failed_capture(self.device, memory.pool.id)
         self._memory = None
         self._open_pool(draws=True)
@@ -276,6 +285,10 @@ class CudaDriver:
         with torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    return CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 @contextlib.contextmanager

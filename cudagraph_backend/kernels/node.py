@@ -50,7 +50,8 @@ class StagingNode:
         self._pointers = (ctypes.c_void_p * len(self._values))(*[first + size * n for n in range(len(self._values))])
         self._params.kernelParams = ctypes.addressof(self._pointers)
         self._set_params, self._set_enabled = driver.cuGraphExecKernelNodeSetParams, driver.cuGraphNodeSetEnabled
-        self._table: DeviceTable | None = idle  # ``None``: the node is off
+        self._is_on = True
+        self._table: DeviceTable | None = idle  # what its parameters are; ``None``: not known
         self._sources: Sequence[int] = ()
 
     def _check_captured(self, values: Sequence[int]) -> None:
@@ -64,21 +65,22 @@ class StagingNode:
 
     def stage(self, table: DeviceTable, sources: Sequence[int]) -> None:
         """At the next launch of the graph, with the kernel for as many dims as ``self.dims``."""
-        if table is self._table and sources == self._sources:
+        if self._is_on and table is self._table and sources == self._sources:
             return
-        if self._table is None:
-            self._check(self._set_enabled(*self._target, 1))
         self._table = None  # in case that this fails
         _PACK[len(sources)](self._values, 0, table.address, *sources)
         self._params.gridDimX = table.programs
         self._check(self._set_params(*self._target, self._params))
         self._table, self._sources = table, sources
+        if not self._is_on:
+            self._check(self._set_enabled(*self._target, 1))
+            self._is_on = True
 
     def skip(self) -> None:
         """At the next launch of the graph the node does nothing."""
-        if self._table is not None:
+        if self._is_on:
             self._check(self._set_enabled(*self._target, 0))
-            self._table = None
+            self._is_on = False
 
     def _check(self, result: tuple[Any]) -> None:
         if result[0]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
+from cudagraph_backend import tree
 
 
 def run(function, *args, **options):
@@ -89,22 +90,39 @@ def test_tensor_subclasses(device):
             torch.testing.assert_close(got.b, b * 2)
 
 
-def test_without_memory_to_capture_a_bucket_its_calls_run_plain(device, monkeypatch):
+def test_without_memory_to_capture_graphs_are_replayed_and_others_captured_later(device, monkeypatch):
+    monkeypatch.setattr(tree, "_IDLE_CALLS", 6)
     driver = type(sg.sharedgraph.device(device).driver)
-    capture = driver.capture
+    capture, is_short = driver.capture, []
 
-    def fail(self, run, *, draws, stages):
-        raise sg.CaptureError("no memory") from torch.OutOfMemoryError("no memory")
+    def sometimes(self, run, **kwargs):
+        if is_short:
+            raise sg.CaptureError("no memory") from torch.OutOfMemoryError("no memory")
+        return capture(self, run, **kwargs)
 
+    monkeypatch.setattr(driver, "capture", sometimes)
     compiled = torch.compile(lambda x: x * 2, backend="sharedgraph", options={"capture": "always"})
+    graphs = []
     with torch.no_grad():
-        for n, method in ((5, fail), (5, capture), (20, capture), (6, capture), (20, capture)):
-            monkeypatch.setattr(driver, "capture", method)
+        for n, is_short[:] in (
+            (5, []),
+            (20, [1]),
+            (20, []),
+            (5, []),
+            (6, []),
+            (20, []),
+            (20, []),
+            (20, []),
+            (20, []),
+            (20, []),
+        ):
             x = torch.randn(n, 4, device=device)
             torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
             torch.testing.assert_close(compiled(x), x * 2)
-    assert sg.stats().fallbacks == {"no memory to capture a bucket": 3}
-    assert (sg.stats().graphs, sg.stats().captures) == (1, 1)
+            graphs.append(sg.stats().graphs)
+    assert graphs == [1, 1, 1, 1, 1, 1, 1, 1, 2, 2]
+    assert sg.stats().fallbacks == {"no memory to capture a graph": 5}
+    assert sg.stats().replays == 6  # one of them had its answer when memory was short
 
 
 def test_a_failing_capture_still_answers(device, monkeypatch):

@@ -69,6 +69,45 @@ def test_a_capture_that_synchronises_is_aborted_cleanly(device):
     assert sg.stats().captures > 0  # the other region is captured all the same
 
 
+@torch.library.custom_op("sharedgraph_test::short_of_memory", mutates_args=())
+def short_of_memory(x: torch.Tensor) -> torch.Tensor:
+    if short and torch.cuda.is_current_stream_capturing():
+        short.pop()
+        raise torch.OutOfMemoryError("none left")
+    return x * 2
+
+
+@short_of_memory.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+short: list[int] = []
+
+
+def test_a_capture_without_memory_is_tried_again_in_the_same_pool(device):
+    compiled = torch.compile(lambda x: short_of_memory(x) + 1, backend="sharedgraph")
+
+    def serve(n):
+        x = torch.randn(n, 4, device=device)
+        torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), x * 2 + 1)
+
+    serve(40)
+    pool = sg.sharedgraph.device(device).driver._memory
+    assert pool is not None
+    short[:] = [1]
+    serve(20)
+    assert (sg.stats().graphs, sg.stats().fallbacks, short) == (2, {}, [])
+    short[:] = [1, 1]
+    for n in (10, 10, 40, 20):
+        serve(n)
+    assert sg.stats().fallbacks == {"no memory to capture a graph": 2}
+    assert sg.stats().graphs == 2
+    assert sg.sharedgraph.device(device).driver._memory is pool
+
+
 def test_called_inside_an_outer_capture(device):
     compiled = torch.compile(lambda x: x * 2 + 1, backend="sharedgraph")
     x = torch.randn(8, 4, device=device)

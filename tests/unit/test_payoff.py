@@ -23,26 +23,27 @@ SIZES = (8,)
 
 @pytest.mark.parametrize(("plain", "replay", "expected"), [(1.0, 2.0, SLOWER), (2.0, 1.0, None), (1.0, 1.05, None)])
 def test_a_graph_that_is_clearly_slower_is_refused(plain, replay, expected):
-    assert Payoff(Clock()).refusal(SIZES, lambda: plain, lambda: replay) is expected
+    assert Payoff(Clock()).refusal(SIZES, 0, lambda: plain, lambda: replay) is expected
 
 
 def test_one_slow_round_decides_nothing():
     seconds = iter([1.0, 1.0, 1.0, 1.0, 50.0])
-    assert Payoff(Clock()).refusal(SIZES, lambda: 1.0, lambda: next(seconds)) is None
+    assert Payoff(Clock()).refusal(SIZES, 0, lambda: 1.0, lambda: next(seconds)) is None
 
 
 def test_what_is_not_measured_is_captured():
-    assert Payoff(Clock()).refusal(SIZES, lambda: None, lambda: 3.0) is None
+    assert Payoff(Clock()).refusal(SIZES, 0, lambda: None, lambda: 3.0) is None
 
 
 def test_smaller_sizes_are_measured_unless_a_larger_one_was_clearly_faster():
     payoff = Payoff(Clock())
     slow = {"plain": lambda: 1.0, "replay": lambda: 2.0}
-    assert payoff.refusal((8, 8), lambda: 1.0, lambda: 1.0) is None  # about as fast: says nothing of others
-    assert payoff.refusal((4, 4), **slow) is SLOWER
-    assert payoff.refusal((8, 8), lambda: 2.0, lambda: 1.0) is None
-    assert payoff.refusal((4, 8), **slow) is None
-    assert payoff.refusal((4, 16), **slow) is SLOWER
+    assert payoff.refusal((8, 8), 10, lambda: 1.0, lambda: 1.0) is None  # about as fast: says nothing of others
+    assert payoff.refusal((4, 4), 5, **slow) is SLOWER
+    assert payoff.refusal((8, 8), 10, lambda: 2.0, lambda: 1.0) is None
+    assert payoff.refusal((4, 8), 10, **slow) is None
+    assert payoff.refusal((4, 16), 10, **slow) is SLOWER
+    assert payoff.refusal((8, 8), 11, **slow) is SLOWER  # more is copied there
 
 
 @pytest.fixture

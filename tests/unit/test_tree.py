@@ -469,3 +469,46 @@ def test_output_ranges_keep_clear_of_inputs_and_each_other(pool: OutputPool, ste
     taken = sorted(spans(call.route))
     assert all(a_end <= b for (_, a_end), (b, _) in pairwise(taken))
     assert all(first % ALIGNMENT == 0 for first, _ in taken)
+
+
+def test_what_looks_like_a_storage_that_is_gone_is_looked_at_anew():
+    """An address of a storage is used again soon; where an argument was found tells nothing of another one there."""
+    pool = OutputPool(HostMemory())
+    tree = Tree(region(1, 0), pool, Options())
+    plan = plan_for(tree, 1, 2)  # the padded row is filled behind the argument
+    pool._memory.grow(1 << 16)
+
+    def output(nbytes: int, rows: int) -> torch.Tensor:
+        lent = pool.lend(pool._range(4096, nbytes), rows * ROW, LOAN, (1, 0))
+        return lent.tensor(torch.float32, (rows, 128), (128, 1), 0)
+
+    y = output(2 * ROW, 1)
+    assert tree.where(plan, [y]) == (4096,)
+    gone = y.untyped_storage()._cdata
+    del y
+    output(4 * ROW, 1)  # the range is not listed any more, and nothing holds it
+    for k in range(5000):
+        y = output((5 + k) * ROW, 2)
+        if y.untyped_storage()._cdata == gone:
+            assert tree.where(plan, [y[:1]]) == (None,)  # a real row comes behind
+            return
+        del y
+    pytest.skip("no address was used again")
+
+
+@needs_move
+def test_outputs_of_many_steps_in_one_output_are_moved_out_again_and_again(monkeypatch: pytest.MonkeyPatch):
+    step = [1]
+    monkeypatch.setattr(tree_module, "current_step", lambda: (step[0], 0))
+    pool = OutputPool(HostMemory())
+    call = Caller(pool, step)
+    out = call(torch.ones(8, 128), rows=8)
+    first = call.tree.places[0].outputs[0].offset
+    del out
+    for _ in range(14):
+        kept = []
+        for k in range(4):
+            step[0] += 1
+            kept.append(lend(pool, pool._range(first + k * 2 * ROW, 2 * ROW), step[0], ROW))
+        step[0] += 1
+        assert not isinstance(call(torch.ones(8, 128), rows=8), Refusal)
