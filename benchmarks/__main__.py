@@ -34,7 +34,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tests the code, measures nothing")
     parser.add_argument("--commit", help="of the measured code, where its history is not there; default: ask git")
-    parser.add_argument("--minutes", type=float, default=9.5, help="start nothing after that; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=12, help="start nothing after that; default: %(default)s")
     return parser
 
 

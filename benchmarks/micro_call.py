@@ -16,6 +16,7 @@ whose bytes are poisoned before each call, so that only layers and steps before 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import cudagraph_backend as sg
+from benchmarks import rows
 from benchmarks.runners import marked
 from benchmarks.timing import Call, enqueue_seconds, interleaved, spread
 from cudagraph_backend.outputs import make_outputs
@@ -164,17 +166,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--json", type=Path, default=Path("micro_call.json"))
+    parser.add_argument("--commit", help="where the history of the repository is not there to ask")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--inputs", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--parameters", type=int, nargs="+", default=[1, 30])
     options = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        "torch": torch.__version__,
-        "kernels": KERNELS,
-        "host µs": {},
-    }
+    environment = dataclasses.asdict(rows.environment(options.device, options.commit))
+    result: dict[str, Any] = {"environment": environment, "kernels": KERNELS, "host µs": {}}
     with torch.inference_mode():
         for inputs in options.inputs:
             for parameters in options.parameters:

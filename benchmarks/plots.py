@@ -22,6 +22,7 @@ COLOURS = {
     "sharedgraph, warmed up": "#0072b2",
 }
 PANELS = 3  # in one line
+FAR = 10  # times the lowest line
 
 
 def draw(file: Path, where: Environment, found: Sequence[Row]) -> None:
@@ -59,11 +60,16 @@ def draw(file: Path, where: Environment, found: Sequence[Row]) -> None:
 
 
 def _lines(axis: Any, results: Sequence[Row]) -> None:
-    for way in distinct(row.way for row in results):
-        chosen = [row for row in results if row.way == way]
+    """A line per way. One that is far above the others would flatten them, and is told of instead."""
+    ways = distinct(row.way for row in results)
+    highest = {way: max(row.median or 0 for row in results if row.way == way) for way in ways}
+    far = [way for way in ways if highest[way] > FAR * min(highest.values())]
+    for way in ways:
+        chosen = [row for row in results if row.way == way and way not in far]
         heights = [row.median for row in chosen]
         axis.plot([row.step for row in chosen], heights, marker=".", label=way, color=COLOURS.get(way))
-    axis.set_title(f"{results[0].metric}, {results[0].case}", fontsize=9)
+    told = "".join(f"\n(not drawn: {way}, up to {highest[way]:.0f} {results[0].unit})" for way in far)
+    axis.set_title(f"{results[0].metric}, {results[0].case}{told}", fontsize=9)
     axis.set_xlabel("sizes captured, the largest first")
     axis.set_ylabel(_label(results[0]))
     axis.set_ylim(bottom=0)

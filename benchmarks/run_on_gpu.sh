@@ -3,7 +3,7 @@
 # the folder given (default: benchmarks/results), and all of them to results.tar.gz there; a short table comes last.
 #
 #   PARTS="tests demos suite"   only some of these; the suite alone takes up to MINUTES
-#   MINUTES=9.5                 the suite starts nothing after that, and says what it left out
+#   MINUTES=12                  the suite starts nothing after that, and says what it left out
 #   TOPICS="serving memory"     only these topics of the suite
 #   COMMIT=abc1234              where the history of the repository is not there to ask
 #   PACK=1                      write nothing but results.tar.gz and summary.txt to the folder
@@ -31,7 +31,7 @@ if [[ $parts == *" demos "* ]]; then
 fi
 if [[ $parts == *" suite "* ]]; then
     # shellcheck disable=SC2086
-    "$python" -m benchmarks ${TOPICS:-} --device cuda --out "$work" --minutes "${MINUTES:-9.5}" \
+    "$python" -m benchmarks ${TOPICS:-} --device cuda --out "$work" --minutes "${MINUTES:-12}" \
         ${COMMIT:+--commit "$COMMIT"} 2>&1 | tee "$work/suite.txt"
     "$python" -m benchmarks table "$work" >"$work/tables.md"
 fi

@@ -200,7 +200,7 @@ class CudaDriver:
             return StagingNode(graph, idle)
         except Exception as error:
             self._has_nodes = False
-            log.warning("inputs are staged before graphs, not in them: %s: %s", type(error).__name__, error)
+            log.warning("inputs are staged before graphs, not in them: %s", repr(error))  # no reference to the frames
             return None
 
     def _taken_outside_allocator(self) -> int:
