@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import decode, plots, rows, runners, suite, tables, timing, topics
+from benchmarks import decode, micro_call, plots, rows, runners, suite, tables, timing, topics
 from benchmarks.rows import Environment, Row
 from benchmarks.topics import host_cost
 
@@ -75,6 +76,19 @@ def test_plots(tmp_path: Path, found: list[Row]):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+def test_a_line_far_above_the_others_is_told_of_and_not_drawn():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots()
+    far = [dataclasses.replace(row, way="cudagraphs", median=900.0) for row in SERIES]
+    plots._lines(axis, [*SERIES, *far])
+    assert [list(line.get_ydata()) for line in axis.lines] == [[4.0, 4.0, 4.0], []]
+    assert "cudagraphs, up to 900 MiB" in axis.get_title()
+    pyplot.close(figure)
+
+
 def test_spread_and_interleaving():
     assert timing.spread([1.0, 2.0, 3.0], scale=10) == timing.Spread(20.0, pytest.approx(14), pytest.approx(26), 3)
     order: list[str] = []
@@ -135,3 +149,10 @@ def test_a_topic_on_the_host_driver():
     assert {row.way for row in found} >= {"eager", "inductor", "hand-written", "sharedgraph", "raw replay"}
     assert not any(row.wrong for row in found)
     assert {row.note for row in found if row.way == "reduce-overhead"} == {"needs CUDA"}
+
+
+def test_the_steps_of_a_call_are_measured_on_the_host_driver():
+    with torch.inference_mode():
+        found = micro_call.measure(inputs=2, parameters=1, rounds=1, device=CPU)
+    assert {"layer: Dynamo", "inductor", "sharedgraph", "outputs", "staging, graph launch"} <= set(found)
+    assert all(row["p20"] <= row["median"] <= row["p80"] for row in found.values())
