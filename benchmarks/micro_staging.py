@@ -18,6 +18,7 @@ import torch
 import triton
 
 from benchmarks.timing import Call, enqueue_seconds, interleaved, spread
+from cudagraph_backend.kernels.jobs import MAX_SOURCES
 from cudagraph_backend.kernels.stage import cached_launch, normal_launch
 from cudagraph_backend.kernels.staging import KernelStaging, Launches
 from cudagraph_backend.staging import StagedCopy, stage, staged_copy
@@ -63,7 +64,7 @@ def staging_ways(count: int, n: int, bucket: int, device: torch.device) -> dict[
 def bare_launch(launches: Launches, staging: KernelStaging, args: list[torch.Tensor]) -> Call:
     """The launch without what finds its arguments."""
     (part,) = staging._parts
-    sources = [arg.data_ptr() for arg in args] + part._unused
+    sources = [arg.data_ptr() for arg in args] + [0] * (MAX_SOURCES - len(args))
     launch, table = launches._by_dims[part._aligned.dims], part._aligned
     stream = torch.cuda.current_stream().cuda_stream
     return lambda: launch(table.programs, stream, table.address, sources)

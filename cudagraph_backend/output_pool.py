@@ -138,7 +138,7 @@ class OutputRange:
         return self._lent is not None and self._lent.is_in_use()
 
 
-_offset, _end = attrgetter("offset"), attrgetter("end")
+_offset = attrgetter("offset")
 
 
 class OutputPool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from benchmarks import micro_staging
 from cudagraph_backend.kernels.jobs import MAX_DIMS
 from cudagraph_backend.kernels.stage import cached_launch, normal_launch
 from cudagraph_backend.kernels.staging import KernelStaging, Launches
@@ -128,3 +129,10 @@ def test_a_call_is_one_kernel_and_no_copy(launches: Launches):
         torch.cuda.synchronize()
     on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert [name for name in on_device if "stage_kernel" in name or "Memcpy" in name] == ["stage_kernel"]
+
+
+def test_all_ways_of_the_study_run(device: torch.device):
+    """Where the ways are made, their results are compared, too."""
+    for way in micro_staging.staging_ways(4, 100, 104, device).values():
+        way()
+    torch.cuda.synchronize()

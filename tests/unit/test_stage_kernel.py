@@ -6,7 +6,7 @@ import importlib.util
 import math
 import random
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from cudagraph_backend.staging import StagedCopy, stage, staged_copy
 from cudagraph_backend.strides import extent
 
 triton = pytest.importorskip("triton")
+micro_staging = pytest.importorskip("benchmarks.micro_staging")  # which imports Triton, too
 
 DTYPES = [
     torch.bool,
@@ -273,6 +274,19 @@ def test_more_inputs_than_a_launch_takes_are_several_launches(launches: Interpre
     assert launches.count == 3
     for bucket, arg in zip(buckets, args, strict=True):
         assert torch.equal(bucket, torch.cat([arg, torch.zeros(2, 2)]))
+
+
+def test_the_study_launches_the_kernel_as_it_is_compiled(
+    launches: InterpretedLaunches, monkeypatch: pytest.MonkeyPatch
+):
+    argument, bucket = torch.randn(3, 2), torch.zeros(5, 2)
+    staging = staged_by_kernel(launches, [staged_copy(0, bucket, ((3, 2), (2, 1)), (1, 1), "zero")], (), [argument])
+    launched: list[tuple[Any, ...]] = []
+    launches._by_dims = {FEW_DIMS: lambda *given: launched.append(given)}  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    micro_staging.bare_launch(launches, staging, [argument])()  # type: ignore[arg-type]
+    table = staging._parts[0]._aligned  # type: ignore[index]
+    assert launched == [(table.programs, 7, table.address, [argument.data_ptr(), *[0] * (MAX_SOURCES - 1)])]
 
 
 def test_long_inputs_are_shared_out(launches: InterpretedLaunches, monkeypatch: pytest.MonkeyPatch):
