@@ -24,7 +24,6 @@ class Device:
         self.lock = threading.RLock()
         self._calls = 0
         self.pool = pool or OutputPool(driver.new_memory())
-        self.pool.share = driver.share  # a pool may outlive the driver it was made for
 
     def __enter__(self) -> bool:
         """One thread at a time; whether this is a call from within another one, made by an operator of that region."""
@@ -63,10 +62,7 @@ class Devices:
         return dict(self._devices)
 
     def clear(self) -> None:
-        """Move all live outputs out, and start anew; what others still hold is not used any more."""
-        for device in self.alive().values():
-            with device.lock:
-                device.pool.move_all_out()
+        """Start anew; outputs that are alive keep the memory that they are in, which is not used any more."""
         self._devices.clear()
         self._pools.clear()
 

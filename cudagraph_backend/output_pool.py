@@ -7,7 +7,7 @@ outputs is known at every call, and what is written is checked against that. Liv
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from sys import getrefcount
@@ -20,12 +20,10 @@ from cudagraph_backend.drivers import Memory
 from cudagraph_backend.spans import Span
 from cudagraph_backend.torch_internals import (
     CAN_FORBID_ACCESS,
-    CAN_MOVE_STORAGE,
     forbid_access,
     outside_inference_mode,
     same_storage,
     storage_users,
-    swap_memory,
 )
 
 ALIGNMENT = 512  # bytes; what the caching allocator gives, and more than any vectorised load needs
@@ -144,14 +142,11 @@ _offset = attrgetter("offset")
 class OutputPool:
     """Hands out ranges of one growing memory: the first bytes that are free, where other ranges may lie too."""
 
-    def __init__(self, memory: Memory, share: Callable[[torch.UntypedStorage], None] = lambda moved: None):
-        """``share`` is called with the memory of every output that is moved out, and its new content under way."""
+    def __init__(self, memory: Memory):
         self._memory = memory
-        self.share = share
         self._ranges: WeakValueDictionary[Span, OutputRange] = WeakValueDictionary()
         self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
         self._lent: list[OutputRange] = []  # those that may be live, by offset; no two of them overlap
-        self.moved_out = 0
 
     @property
     def device(self) -> torch.device:
@@ -287,58 +282,27 @@ class OutputPool:
         lent = None if taken is None else taken._lent
         return lent if lent is not None and lent.cdata == storage._cdata and lent.is_in_place() else None
 
-    def move_out(self, taken: OutputRange) -> torch.UntypedStorage:
-        """Give a live output memory of its own, with its bytes; all tensors on it follow. The range is then free.
-
-        Memory exported through DLPack or NumPy does not follow: it stays on the range. Returns the output's storage.
-        """
-        assert taken._lent is not None
-        with outside_inference_mode():
-            moved = taken._lent.storage.clone()  # first: there may be no memory for it
-        self.share(moved)
-        output = self._take_back(taken)
-        if output.nbytes() != moved.nbytes() or output.data_ptr() != self.address + taken.offset:
-            return output  # its memory is another one already
-        swap_memory(output, moved)
-        # The storage that was made for the copy has the range's memory now.
-        taken._storages[moved.nbytes()] = RangeStorage(moved)
-        self._by_storage[moved._cdata] = taken
-        self.moved_out += 1
-        return output
-
     def invalidate(self, taken: OutputRange) -> None:
         """Let every later access to a live output raise. The range is then free.
 
-        On CPU builds of torch, which can't see all accesses, the output is moved out, too.
+        CPU builds of torch can't see all accesses. There tensors that Python knows raise, and the range stays taken.
         """
-        assert taken.loan is not None
-        message = taken.loan.overwritten()
-        forbid_access(self._take_back(taken) if CAN_FORBID_ACCESS else self.move_out(taken), message)
-
-    def move_all_out(self) -> None:
-        """Give every live output memory of its own, where this torch can, so that the pool's memory can go."""
-        for taken in self.live_ranges() if can_move_out() else ():
-            self.move_out(taken)
-
-    def _take_back(self, taken: OutputRange) -> torch.UntypedStorage:
-        """The storage of a live output, which the pool forgets."""
         assert taken._lent is not None
-        storage = taken._lent.storage
+        if taken.loan is None:
+            return
+        storage, message = taken._lent.storage, taken.loan.overwritten()
+        taken.loan = None
+        if CAN_FORBID_ACCESS:
+            self._forget(taken)
+        forbid_access(storage, message)
+
+    def _forget(self, taken: OutputRange) -> None:
+        """Take a live output for dead."""
+        assert taken._lent is not None
         taken._storages.pop(taken._lent.nbytes, None)
-        self._by_storage.pop(storage._cdata, None)
-        taken._lent = taken.loan = None
+        self._by_storage.pop(taken._lent.cdata, None)
+        taken._lent = None
         self._unlist(taken)
-        return storage
-
-
-def can_move_out() -> bool:
-    """Whether this torch can move a live output (2.12 and later)."""
-    return CAN_MOVE_STORAGE
-
-
-def can_invalidate() -> bool:
-    """Whether this torch can make later accesses to an output raise (CUDA builds, and CPU builds from 2.12 on)."""
-    return CAN_FORBID_ACCESS or CAN_MOVE_STORAGE
 
 
 def _aligned(nbytes: int) -> int:

@@ -6,7 +6,7 @@ is observed in the run before capture. From it and the region's expressions come
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ import sympy
 import torch
 
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.output_pool import Loan, OutputPool, OutputRange, Step
+from cudagraph_backend.output_pool import Loan, OutputPool, OutputRange, RangeStorage, Step
 from cudagraph_backend.region import Region, TensorOutput, Values, evaluate, evaluate_all
 from cudagraph_backend.strides import extent, reaching_once, same_places
+from cudagraph_backend.torch_internals import outside_inference_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,14 +249,38 @@ def copy_out(layout: Layout, outputs: Sequence[Any], storages: Sequence[torch.Un
     return len(targets)
 
 
+def own_memory(layout: Layout, copied: Iterable[int], device: torch.device) -> dict[int, torch.UntypedStorage]:
+    """Memory that is no range's, for the copies that a call gets of the ranges with these indices.
+
+    Raises ``torch.OutOfMemoryError``.
+    """
+    with outside_inference_mode():
+        return {
+            index: torch.empty(layout.range_nbytes[index], dtype=torch.uint8, device=device).untyped_storage()
+            for index in copied
+            if layout.loans[index] is not None
+        }
+
+
 def make_outputs(
-    layout: Layout, pool: OutputPool, ranges: Sequence[OutputRange], args: Sequence[Any], step: Step
+    layout: Layout,
+    pool: OutputPool,
+    ranges: Sequence[OutputRange],
+    args: Sequence[Any],
+    step: Step,
+    own: Mapping[int, torch.UntypedStorage],
 ) -> list[Any]:
-    """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans."""
-    storages = [
-        pool.lend(taken, nbytes, loan, step) if loan else pool.storage_of(taken, nbytes)
-        for taken, nbytes, loan in zip(ranges, layout.range_nbytes, layout.loans, strict=False)
-    ]
+    """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans.
+
+    Where a range has memory of a call's ``own``, they are on a copy there, and the range is not lent.
+    """
+    storages = []
+    for index, (taken, nbytes, loan) in enumerate(zip(ranges, layout.range_nbytes, layout.loans, strict=False)):
+        if index in own:
+            own[index].copy_(pool.storage_of(taken, nbytes).storage)
+            storages.append(RangeStorage(own[index]))
+        else:
+            storages.append(pool.lend(taken, nbytes, loan, step) if loan else pool.storage_of(taken, nbytes))
     outputs: list[Any] = []
     for entry in layout.entries:
         if isinstance(entry, Pooled):

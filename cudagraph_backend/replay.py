@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from cudagraph_backend.dispatch import Table
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import CaptureError, Refusal, RefusalError, is_out_of_memory
 from cudagraph_backend.options import Options
-from cudagraph_backend.outputs import Layout, apart_refusal, layout_at, make_outputs
+from cudagraph_backend.outputs import Layout, apart_refusal, layout_at, make_outputs, own_memory
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import Where, write_back
@@ -27,6 +27,7 @@ log = logging.getLogger("cudagraph_backend")
 
 _SHARED_MEMORY = Refusal("an argument that is written in place shares memory with another argument")
 _CALLED_WITHIN = Refusal("called by an operator of another region, whose inputs it might overwrite")
+_NOTHING: Mapping[int, torch.UntypedStorage] = {}
 _CAPTURED_OUTSIDE = Refusal("called inside somebody else's capture")
 
 
@@ -40,15 +41,17 @@ class Counters:
     rows_padded: int = 0
     staged_copies: int = 0
     read_in_place: int = 0
+    outputs_copied_out: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
-    def count(self, plan: Plan, route: Route) -> None:
+    def count(self, plan: Plan, route: Route, copied_out: int) -> None:
         """A call that was answered from a graph, or from the run before its capture."""
         self.replays += 1
         self.rows_real += plan.rows_real
         self.rows_padded += plan.rows_padded
         self.staged_copies += len(route.copies)
         self.read_in_place += len(route.in_place)
+        self.outputs_copied_out += copied_out
 
 
 class Replayer:
@@ -121,18 +124,33 @@ class Replayer:
 
     def _answer(
         self, table: Table, plan: Plan, layout: Layout, route: Route, graph: Graph, args: list[Any]
-    ) -> list[Any]:
+    ) -> list[Any] | Refusal:
+        own = self._own_memory(layout, route)
+        if isinstance(own, Refusal):
+            return own
         if table.device.driver.poison:
             table.device.poison_free_bytes()
         graph.replay(route.stage, args)
-        return self._finish(table, plan, layout, route, args)
+        return self._finish(table, plan, layout, route, args, own)
 
-    def _finish(self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any]) -> list[Any]:
+    def _finish(
+        self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any], own: Mapping[int, Any]
+    ) -> list[Any]:
         write_back(route.written, args)
-        outputs = make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
+        outputs = make_outputs(layout, table.device.pool, route.place.outputs, args, current_step(), own)
+        if own:
+            table.tree.note_copies(route.place, own)
         args.clear()
-        self.counters.count(plan, route)
+        self.counters.count(plan, route, len(own))
         return outputs
+
+    def _own_memory(self, layout: Layout, route: Route) -> Mapping[int, torch.UntypedStorage] | Refusal:
+        """Memory for the outputs that the call gets copies of; had before anything is changed."""
+        copied = route.place.copied
+        try:
+            return own_memory(layout, copied, self.region.device) if copied else _NOTHING
+        except torch.OutOfMemoryError as error:
+            return Refusal(f"no memory for copies of outputs: {error}")
 
     # ---- the first call of a bucket
 
@@ -210,7 +228,8 @@ class Replayer:
                 table.refuse_bucket(plan.bucket, slower)
         except CaptureError as error:
             failed = self._failed(table, error)
-        outputs = self._finish(table, plan, plan.layout, route, args)
+        own = own_memory(plan.layout, route.place.copied, self.region.device)
+        outputs = self._finish(table, plan, plan.layout, route, args, own)
         if failed is not None:
             self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs
@@ -234,7 +253,7 @@ class Replayer:
             table.tree.where(plan, args)
             table.device.pool.is_free(route.writes)
             graph.replay(route.stage, args)
-            make_outputs(layout, table.device.pool, route.place.outputs, args, current_step())
+            make_outputs(layout, table.device.pool, route.place.outputs, args, current_step(), _NOTHING)
 
         copied = sum(copy.bucket.nbytes for copy in route.copies)
         return table.payoff.refusal(plan.bucket.sizes, copied, lambda: self._compiled(list(args)), replay)

@@ -39,7 +39,7 @@ class Stats:
         executable_bytes: what the executables of the graphs that are held took when they were made (CUDA). This memory
             is no allocator's: only ``torch.cuda.mem_get_info`` sees it. Measured as the fall of free memory, so an
             estimate where other processes use the device.
-        outputs_moved_out: live outputs that were given memory of their own, because a call needed their range.
+        outputs_copied_out: outputs that calls got as copies in memory of their own, because callers keep earlier ones.
         staged_copies: arguments that were copied to where a graph reads them.
         read_in_place: arguments, outputs of earlier calls, that a graph read where they were.
         output_copies: outputs, over all graphs, that are copied to the pool in the graph and not written there at once.
@@ -57,7 +57,7 @@ class Stats:
     staging_bytes: int
     memory_pool_bytes: int
     executable_bytes: int
-    outputs_moved_out: int
+    outputs_copied_out: int
     staged_copies: int
     read_in_place: int
     output_copies: int
@@ -84,7 +84,7 @@ def stats_of(backend: Backend) -> Stats:
         staging_bytes=sum(_staging_bytes([r for r in replayers if r.region.device == d]) for d in backend.devices()),
         memory_pool_bytes=sum(d.driver.scratch_nbytes() for d in backend.devices().values()),
         executable_bytes=sum(_executable_bytes(r) for r in replayers),
-        outputs_moved_out=sum(d.pool.moved_out for d in backend.devices().values()),
+        outputs_copied_out=sum(r.counters.outputs_copied_out for r in replayers),
         staged_copies=sum(r.counters.staged_copies for r in replayers),
         read_in_place=sum(r.counters.read_in_place for r in replayers),
         output_copies=sum(_output_copies(r) for r in replayers),

@@ -24,6 +24,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor_prop
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef  # expired() tells whether it is dead
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.numbers import int_oo
 
@@ -363,14 +364,6 @@ def addresses_equal(tensors: list[Any], addresses: list[int | None], indices: li
 def borrowed_memory(address: int, nbytes: int, device: torch.device) -> torch.UntypedStorage:
     """A storage over memory that somebody else owns, and that must be there whenever it is read or written."""
     return torch._C._construct_storage_from_data_pointer(address, device, nbytes)  # type: ignore[return-value]
-
-
-CAN_MOVE_STORAGE = hasattr(torch.UntypedStorage, "_swap_data_ptr_")  # since torch 2.12
-
-
-def swap_memory(first: torch.UntypedStorage, second: torch.UntypedStorage) -> None:
-    """Exchange the memory under two storages of equal size and device; every tensor on them follows."""
-    first._swap_data_ptr_(second)  # type: ignore[attr-defined]
 
 
 _FORBID_ACCESS = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)  # CUDA builds only

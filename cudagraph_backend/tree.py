@@ -6,11 +6,13 @@ be: an output of the place before, read where it lies. All buckets share a place
 
 Nothing says beforehand that a place may be used: other places may use the same bytes. It may if nothing is alive in
 what it writes. That is looked up at every call, so that no order of calls, and no lifetime of an output, is a mistake.
+What was handed out is never moved or overwritten: where callers keep the outputs of a few places, the next place keeps
+its ranges, and calls get copies of what is written there.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import get_ident
@@ -22,7 +24,7 @@ import torch
 from cudagraph_backend.drivers import Graph
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.output_pool import OutputPool, OutputRange, RangeStorage, Step, can_invalidate, can_move_out
+from cudagraph_backend.output_pool import OutputPool, OutputRange, RangeStorage
 from cudagraph_backend.plan import Plan, Sizes
 from cudagraph_backend.region import Region
 from cudagraph_backend.spans import Span, meets, merged
@@ -36,12 +38,11 @@ from cudagraph_backend.staging import (
     is_aligned,
     prepare,
 )
-from cudagraph_backend.torch_internals import addresses_equal, current_step
+from cudagraph_backend.torch_internals import StorageWeakRef, addresses_equal, current_step
 
 TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _NO_MEMORY = Refusal("no memory to capture a graph")
 _ADDRESSES_MOVE = Refusal("arguments keep moving to new addresses")
-_LIVE_OUTPUTS = Refusal("too many outputs of earlier calls are alive, and torch before 2.12 can't move them")
 
 _UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets of parameters before any is met again
 _PLACES = 128
@@ -51,8 +52,25 @@ _CACHES_PER_INPUT = 2
 _FOUND_OFTEN = 8
 _FOUND_REMEMBERED = 256
 _SIGHTINGS = 4  # x = f(x) alternates between two
-_CLEARED_OFTEN = 8
-_STEPS_KEPT = 4  # whose outputs are alive, where they can't be moved out
+_HELD_PLACES = 2  # out = f(x) alternates between two; where more outputs are kept, calls get copies
+_PLACES_PER_STEP = 16  # whose outputs are all alive; with the next place calls get copies, too
+_COPIES_WATCHED = 4  # a caller who keeps no more than so many outputs would do with as many places
+_COPIES_DIED = 8
+_BLOCKED_CALLS = 64  # a place that was of no use for so many calls is dropped when another one takes its role
+
+
+class Copies:
+    """What became of the copies that calls got of one range, which tells whether it might be lent as well."""
+
+    def __init__(self) -> None:
+        self._last: deque[StorageWeakRef] = deque(maxlen=_COPIES_WATCHED)
+        self._died = 0
+
+    def add(self, copy: torch.UntypedStorage) -> bool:
+        """Note a new copy; whether copies have died young for long, so that a few more places would spare them."""
+        self._died = self._died + 1 if self._last and self._last[0].expired() else 0
+        self._last.append(StorageWeakRef(copy))
+        return self._died >= _COPIES_DIED
 
 
 @dataclass(eq=False)
@@ -60,8 +78,9 @@ class Place:
     """The addresses of one place, and its graphs by bucket.
 
     ``static_addresses`` has the address of each static argument (``None`` for any other), ``inputs`` the bytes that
-    graphs read, per staged input, and ``staging`` those among them to which an argument may be copied. ``used`` is the
-    number of the region's call that used it last, ``cleared`` counts by bucket how often live outputs had to go.
+    graphs read, per staged input, and ``staging`` those among them to which an argument may be copied. ``copied`` are
+    the indices of the ranges that are lent to nobody: a call gets a copy of what is written there. ``used`` is the
+    number of the region's call that used the place last.
     """
 
     static_addresses: list[int | None]
@@ -69,8 +88,8 @@ class Place:
     staging: frozenset[Span]
     outputs: tuple[OutputRange, ...] = ()
     graphs: dict[Sizes, Graph] = field(default_factory=dict)
+    copied: dict[int, Copies] = field(default_factory=dict)
     used: int = 0
-    cleared: Counter[Sizes] = field(default_factory=Counter)
 
     def accepts(self, readings: Sequence[Reading], where: Where) -> bool:
         """Whether arguments found there are read here, and others can be copied to where they are read."""
@@ -228,68 +247,89 @@ class Tree:
         return offset if found[offset] > _FOUND_OFTEN else None
 
     def new_route(self, plan: Plan, where: Where, args: list[Any]) -> Route | Refusal:
-        """A route to a place where nothing is alive in what is written, or nothing any more.
+        """A route to a place where nothing is alive in what is written.
 
-        Its place may lack a graph for the plan's bucket, and if it is new, outputs. A place that exists is preferred,
-        even if outputs of an earlier step must be moved out there; those of this step are left alone. Where that goes
-        on call after call, as the caller holds the last output (``out = f(x)``), a second place spares the copies.
+        Its place may lack a graph for the plan's bucket, and if it is new, outputs. Outputs of this step will die with
+        it, so that a new place for each is of use again in the next step. Those of earlier steps are kept by a caller
+        who may go on keeping them: after a few places, calls get copies of such outputs.
         """
-        older: list[Route] = []
-        steps: set[Step] = set()
-        read = self._offsets_read(where, args)
-        for route in self._fitting(plan, where, args):
+        held: list[Place] = []
+        fitting = self._fitting(plan, where, args)
+        may_invalidate = self._options.on_overwrite == "error"
+        for route in fitting:
             blockers = route.blockers(self._pool)
-            if not blockers:
-                return route
-            if all(self._may_go(taken, read) for taken in blockers):
-                older.append(route)
-                steps.update(taken.step for taken in blockers)
-        try:
-            for route in older:
+            if blockers and may_invalidate and self._may_be_lost(blockers, where, args):
                 if plan.bucket.sizes not in route.place.graphs:
                     refusal = self.refused_capture(plan, where, route.place)
                     if refusal is not None:
                         return refusal
-                is_often = route.place.cleared[plan.bucket.sizes] >= _CLEARED_OFTEN and not self.is_full()
-                if not (is_often and len(older) == 1) and self._clear(route.blockers(self._pool), args):
-                    route.place.cleared[plan.bucket.sizes] += 1
-                    return route
-            if len(steps) >= _STEPS_KEPT and not can_move_out():
-                return _LIVE_OUTPUTS
-            return self._route_to(self._new_place(plan, where, args), plan, where, args)
+                may_invalidate = False  # of one place only, though on CPU builds its ranges are not free by that
+                for taken in blockers:
+                    self._pool.invalidate(taken)
+                blockers = route.blockers(self._pool)
+            if not blockers:
+                return route
+            is_older = any(taken.step != current_step() for taken in blockers)
+            if is_older or len(fitting) >= _PLACES_PER_STEP:
+                held.append(route.place)
+        return self._elsewhere(plan, where, args, held)
+
+    def _elsewhere(self, plan: Plan, where: Where, args: Sequence[Any], held: Sequence[Place]) -> Route | Refusal:
+        """A route to a new place, which gives copies of those outputs that callers keep in enough of the ``held``."""
+        enough = _HELD_PLACES
+        if held and self.is_full() and self._calls >= self._captures_again:
+            self._drop(min(held, key=lambda place: place.used))
+            enough = 1
+        try:
+            place = self._new_place(plan, where, args)
         except torch.OutOfMemoryError as error:
             return no_memory(error)
+        kept = Counter(index for other in held for index, taken in enumerate(other.outputs) if self._is_kept(taken))
+        place.copied = {index: Copies() for index, count in kept.items() if count >= enough}
+        return self._route_to(place, plan, where, args)
 
-    def _may_go(self, taken: OutputRange, read: Sequence[int]) -> bool:
-        """Whether a live output may be moved out, or invalidated: not one of this step, nor what the call reads there.
+    def _is_kept(self, taken: OutputRange) -> bool:
+        """Whether an output of this region is alive there."""
+        return taken.loan is not None and taken.loan.region == self._region.name and taken.is_live()
 
-        Nor one of another thread, which may be reading it at this moment: steps are counted for all threads together.
+    def note_copies(self, place: Place, copies: Mapping[int, torch.UntypedStorage]) -> None:
+        """After a call that got copies of some ranges: lend those ranges from now on whose copies die young.
+
+        Places that were blocked all the while are dropped then: this one has taken their role.
         """
-        is_older = taken.step != current_step() and taken.thread == get_ident()
-        return is_older and not any(taken.offset <= offset < taken.end for offset in read)
+        for index, copy in copies.items():
+            if place.copied[index].add(copy) and not self.is_full():
+                del place.copied[index]
+        if not place.copied:
+            alike = [p for p in self.places if (p.inputs, p.static_addresses) == (place.inputs, place.static_addresses)]
+            for other in alike:
+                if other.used < self._calls - _BLOCKED_CALLS:
+                    self._drop(other)
+
+    def _may_be_lost(self, blockers: Sequence[OutputRange], where: Where, args: Sequence[Any]) -> bool:
+        """Whether later uses of live outputs may raise instead, if the user chose that.
+
+        Never of an output of this step, nor of another thread, which may be reading it at this moment: steps are
+        counted for all threads together. Nor of what a backward may need, or what the call itself is given.
+        """
+        read = self._offsets_read(where, args)
+        given = [self._pool.holder(arg.untyped_storage()) for arg in args if isinstance(arg, torch.Tensor)]
+        return not any(
+            taken.step == current_step()
+            or taken.thread != get_ident()
+            or taken.is_saved
+            or taken in given
+            or any(taken.offset <= offset < taken.end for offset in read)
+            for taken in blockers
+        )
 
     def _offsets_read(self, where: Where, args: Sequence[Any]) -> list[int]:
         """Where in the pool, or outside of it, arguments are that must stay there: those that are not copied."""
         static = [args[index].data_ptr() - self._pool.address for index in self._static]
         return [*static, *(found for found in where if found is not None)]
 
-    def _clear(self, blockers: Sequence[OutputRange], args: Sequence[Any]) -> bool:
-        """Free ranges with outputs of earlier steps, in the way that the user chose, if that can be done."""
-        lost: list[OutputRange] = []
-        if self._options.on_overwrite == "error":
-            read = [self._pool.holder(arg.untyped_storage()) for arg in args if isinstance(arg, torch.Tensor)]
-            lost = [taken for taken in blockers if not taken.is_saved and taken not in read]
-        if not (can_move_out() or len(lost) == len(blockers)) or not (can_invalidate() or not lost):
-            return False
-        for taken in blockers:
-            if taken in lost:
-                self._pool.invalidate(taken)
-            else:
-                self._pool.move_out(taken)
-        return True
-
     def _fitting(self, plan: Plan, where: Where, args: list[Any]) -> list[Route]:
-        """The routes to places with the call's addresses; first those that have a graph for its bucket."""
+        """The routes to places with the call's addresses; first those that have a graph for its bucket, and lend it."""
         routes, layout = self._routes.setdefault((plan.sizes, plan.bucket.sizes, where), []), plan.bucket.layout
         known = {route.place for route in routes}
         routes += [
@@ -301,7 +341,7 @@ class Tree:
             and (layout is None or place.holds(layout.range_nbytes))
         ]
         fitting = [r for r in routes if addresses_equal(args, r.place.static_addresses, self._static)]
-        return sorted(fitting, key=lambda route: plan.bucket.sizes not in route.place.graphs)
+        return sorted(fitting, key=lambda r: (plan.bucket.sizes not in r.place.graphs, bool(r.place.copied)))
 
     def _route_to(self, place: Place, plan: Plan, where: Where, args: Sequence[Any]) -> Route:
         buffers: dict[int, torch.Tensor] = {}
@@ -385,10 +425,13 @@ class Tree:
         idle = min(self.places, key=lambda place: place.used, default=None)
         if idle is None or self._calls - idle.used < _IDLE_CALLS:
             return False
-        self.places.remove(idle)
-        for key, routes in self._routes.items():
-            self._routes[key] = [route for route in routes if route.place is not idle]
+        self._drop(idle)
         return True
+
+    def _drop(self, place: Place) -> None:
+        self.places.remove(place)
+        for key, routes in self._routes.items():
+            self._routes[key] = [route for route in routes if route.place is not place]
 
     def provide(self, route: Route, range_nbytes: Sequence[int], provided: Sequence[int]) -> Route:
         """The same route, or one to a new place with the same inputs, where outputs of ``range_nbytes`` fit.
@@ -401,7 +444,7 @@ class Tree:
                 outputs = self._ranges(place, provided)
             except torch.OutOfMemoryError:
                 outputs = self._ranges(place, range_nbytes)
-            place = Place(place.static_addresses, place.inputs, place.staging, outputs)
+            place = Place(place.static_addresses, place.inputs, place.staging, outputs, copied=place.copied)
             route = replace(route, place=place, writes=self._writes(outputs, route.copies))
         return route
 
@@ -425,6 +468,7 @@ class Tree:
         routes = self._routes.setdefault((plan.sizes, plan.bucket.sizes, where), [])
         if route not in routes:
             routes.append(route)
+            routes.sort(key=lambda known: bool(known.place.copied))  # those that spare a copy first
         self._unused[sizes] = self._unused.get(sizes, 0) + 1
 
     def drop_graphs(self, sizes: Sizes) -> None:

@@ -66,9 +66,6 @@ class Driver(Protocol):
     def join(self) -> None:
         """Let the current stream wait for all that called, or that used what they got: calls share memory."""
 
-    def share(self, moved: torch.UntypedStorage) -> None:
-        """Memory that the current stream has been given work on is used by any stream from now on."""
-
     def is_capturing(self) -> bool:
         """Whether the current stream is already being captured, by somebody else."""
 

@@ -262,13 +262,6 @@ class CudaDriver:
             for other in self._others(current):
                 self._streams[current].wait_stream(other)
 
-    def share(self, moved: torch.UntypedStorage) -> None:
-        current = current_stream(self.device)
-        tensor = torch.empty(0, dtype=torch.uint8, device=self.device).set_(moved)
-        for other in self._others(current):
-            other.wait_stream(torch.cuda.current_stream(self.device))
-            tensor.record_stream(other)
-
     def _others(self, current: tuple[int, int, int]) -> list[torch.cuda.Stream]:
         return [stream for key, stream in self._streams.items() if key != current]
 

@@ -87,9 +87,6 @@ class HostDriver:
     def join(self) -> None:
         """There are no streams."""
 
-    def share(self, moved: torch.UntypedStorage) -> None:
-        """There are no streams."""
-
     def is_capturing(self) -> bool:
         return False
 

@@ -816,7 +816,7 @@ def test_error_spares_clones_and_dropped_outputs(device):
             del out
         for got, expected in kept:
             torch.testing.assert_close(got, expected)
-    assert sg.stats().outputs_moved_out == 0
+    assert sg.stats().outputs_copied_out == 0
 
 
 def test_error_spares_outputs_of_the_step(device):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 import threading
 
 import pytest
@@ -150,19 +149,6 @@ def test_sizes_beyond_max_graphs_hold_nothing(device):
     assert sum(sg.stats().fallbacks.values()) == 33
 
 
-def test_reset_frees_the_pool_though_outputs_are_alive(device):
-    if not hasattr(torch.UntypedStorage, "_swap_data_ptr_"):
-        pytest.skip("torch before 2.12 can't move a live output; it keeps the pool's memory")
-    f = compiled(lambda x: x * 2)
-    x = torch.randn(5, 4, device=device)
-    with torch.no_grad():
-        out = f(x)
-        before = out.data_ptr()
-        sg.reset()
-    assert out.data_ptr() != before
-    torch.testing.assert_close(out, x * 2)
-
-
 def test_a_view_of_one_of_two_parameters_that_may_be_tied(device):
     """Which parameter a returned view belongs to can't be told while both share their memory."""
 
@@ -268,7 +254,7 @@ def test_outputs_of_another_thread_stay_where_they_are(device):
         thread.join()
     assert y.data_ptr() == address
     torch.testing.assert_close(y, x * 2)
-    assert sg.stats().outputs_moved_out == 0
+    assert sg.stats().outputs_copied_out == 0
 
 
 def test_an_output_whose_memory_was_shared_with_other_processes(device):
@@ -375,14 +361,8 @@ def test_gradients_accumulate_under_on_overwrite_error(device):
     torch.testing.assert_close(ours.weight.grad, eager.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def no_move(monkeypatch):
-    """As torch before 2.12: live outputs can't be moved out."""
-    monkeypatch.setattr(sys.modules["cudagraph_backend.output_pool"], "CAN_MOVE_STORAGE", False)
-
-
-def test_an_output_that_blocks_many_places_is_still_one(device, no_move):
-    """Places share bytes. What a caller keeps is counted by the steps it is from, not by the places that it blocks."""
+def test_an_output_that_blocks_many_places(device):
+    """Places share bytes, so that one output that a caller keeps blocks several."""
     rng, f = random.Random(0), compiled(lambda x, y: (x * 2 + y, x.sum(1)))
     memory, out = torch.randn(1 << 16, device=device), None
     with torch.no_grad():
@@ -401,7 +381,7 @@ def test_an_output_that_blocks_many_places_is_still_one(device, no_move):
     assert sg.stats().read_in_place
 
 
-def test_outputs_of_many_steps_are_kept_by_running_plain(device, no_move):
+def test_outputs_of_many_steps_are_kept(device):
     f, kept = compiled(lambda x: x * 2), []
     with torch.no_grad():
         for n in (5, 6, 7, 8) * 4:
@@ -409,6 +389,4 @@ def test_outputs_of_many_steps_are_kept_by_running_plain(device, no_move):
             kept.append((f(x), x * 2))
     for got, expected in kept:
         torch.testing.assert_close(got, expected)
-    assert sg.stats().fallbacks == {
-        "too many outputs of earlier calls are alive, and torch before 2.12 can't move them": 12
-    }
+    assert sg.stats().fallbacks == {}

@@ -92,19 +92,20 @@ def test_feedback_over_alternating_streams(device):
     assert torch.equal(x, expected)
 
 
-def test_an_output_moved_out_on_another_stream(device):
-    """The copy waits for the replay that made the output, and the next replay for the copy."""
+def test_outputs_kept_by_another_stream(device):
+    """A copy waits for the replay that it is of, and the next replay for the copy."""
     f = compiled(slow)
     warm(f, device=device)
     for n in SIZES:
         x = torch.randn(n, WIDTH, device=device)
         first, second = side_stream(), side_stream()
-        with torch.cuda.stream(first):
-            kept = f(x)
-        with torch.cuda.stream(second):
-            f(-x)
+        kept = []
+        for i in range(6):
+            with torch.cuda.stream((first, second)[i % 2]):
+                kept.append(f(x * (i - 2)))
         torch.cuda.synchronize()
-        torch.testing.assert_close(kept, slow(x), rtol=1e-3, atol=1e-3)
+        for i, out in enumerate(kept):
+            torch.testing.assert_close(out, slow(x * (i - 2)), rtol=1e-3, atol=1e-3)
 
 
 def test_captured_first_on_a_side_stream(device):

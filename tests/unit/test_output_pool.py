@@ -1,4 +1,4 @@
-"""The output pool: live ranges never overlap, live bytes never change, and moved outputs keep their values."""
+"""The output pool: live ranges never overlap, live bytes never change."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cudagraph_backend.drivers.host import HostMemory
-from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange, can_invalidate, can_move_out
+from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange
+from cudagraph_backend.torch_internals import CAN_FORBID_ACCESS
 
 LOAN = Loan("region 0 (inference)", ((0, 0, 64),), ("model.py:3 in f: return x * 2",))
 sizes = st.integers(0, 3 * ALIGNMENT)
-needs_move = pytest.mark.skipif(not can_move_out(), reason="this torch can't exchange the memory of storages")
 
 
 def output_on(pool: OutputPool, taken: OutputRange, nbytes: int) -> torch.Tensor:
@@ -37,16 +37,15 @@ def pool() -> OutputPool:
 
 @dataclass
 class Kept:
-    """A tensor that the user holds: its range, its values, and whether it was moved out."""
+    """A tensor that the user holds, its range and its values."""
 
     taken: OutputRange
     tensor: torch.Tensor
     values: torch.Tensor
-    moved: bool = False
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Outputs are lent, kept, viewed, dropped and moved out, on ranges that overlap when they are dead."""
+    """Outputs are lent, kept, viewed and dropped, on ranges that overlap when they are dead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.nbytes = 0
 
     def live(self) -> set[OutputRange]:
-        return {k.taken for k in self.kept if not k.moved}
+        return {k.taken for k in self.kept}
 
     @rule(nbytes=sizes, data=st.data())
     def find_room(self, nbytes: int, data: st.DataObject) -> None:
@@ -86,7 +85,7 @@ class PoolMachine(RuleBasedStateMachine):
     def view(self, data: st.DataObject) -> None:
         of = self.kept[data.draw(st.integers(0, len(self.kept) - 1))]
         half = of.values.numel() // 2
-        self.kept.append(Kept(of.taken, of.tensor[half:], of.values[half:], of.moved))
+        self.kept.append(Kept(of.taken, of.tensor[half:], of.values[half:]))
 
     @precondition(lambda self: self.kept)
     @rule(data=st.data())
@@ -98,15 +97,6 @@ class PoolMachine(RuleBasedStateMachine):
     def forget_a_range(self, data: st.DataObject) -> None:
         self.ranges.remove(data.draw(st.sampled_from(self.ranges)))
 
-    @precondition(lambda self: can_move_out() and any(not k.moved for k in self.kept))
-    @rule(data=st.data())
-    def move_out(self, data: st.DataObject) -> None:
-        taken = data.draw(st.sampled_from([k.taken for k in self.kept if not k.moved]))
-        self.pool.move_out(taken)
-        for kept in self.kept:
-            kept.moved |= kept.taken is taken
-        assert taken.loan is None
-
     @rule()
     def poison_what_is_dead(self) -> None:
         for first, end in self.pool.free_spans():
@@ -116,8 +106,7 @@ class PoolMachine(RuleBasedStateMachine):
     def kept_tensors_have_their_values(self) -> None:
         for kept in self.kept:
             assert torch.equal(kept.tensor, kept.values)
-            holder = self.pool.holder(kept.tensor.untyped_storage())
-            assert holder is (None if kept.moved else kept.taken)
+            assert self.pool.holder(kept.tensor.untyped_storage()) is kept.taken
 
     @invariant()
     def liveness_is_that_of_the_tensors(self) -> None:
@@ -296,61 +285,18 @@ def test_only_overlapping_bytes_are_live(pool: OutputPool):
     assert pool.live_in(second.span) == []
 
 
-@needs_move
-def test_a_moved_output_takes_its_views_along(pool: OutputPool):
-    taken = pool.find_room(64, [])
-    output = torch.empty(0).set_(pool.lend(taken, 64, LOAN, (1, 0)).storage, 0, (4, 4), (4, 1))
-    output.copy_(torch.arange(16.0).view(4, 4))
-    column, expected = output.t()[1], output.clone()
-    pool.move_out(taken)
-    fill(pool, taken, 0xFF)
-    assert torch.equal(output, expected)
-    assert torch.equal(column, expected[:, 1])
-    output[0, 1] = 50.0
-    assert column[0] == 50.0
-    assert pool.holder(output.untyped_storage()) is None
-    assert pool.moved_out == 1
-
-
-@needs_move
-def test_after_moving_out_the_range_is_free_and_can_be_lent_again(pool: OutputPool):
-    taken = pool.find_room(64, [])
-    first = output_on(pool, taken, 64).fill_(1)
-    address = first.data_ptr()
-    pool.move_out(taken)
-    assert not taken.is_live()
-    assert (taken.loan, pool.live_in(taken.span)) == (None, [])
-    second = output_on(pool, taken, 64).fill_(2)
-    assert second.data_ptr() == address
-    assert (first == 1).all()
-    pool.move_out(taken)
-    assert ((first == 1) & (second == 2)).sum() == 64
-
-
-@needs_move
-def test_an_output_moved_in_inference_mode_can_be_used_outside_of_it(pool: OutputPool):
-    taken = pool.find_room(16, [])
-    with torch.inference_mode():
-        output = torch.empty(0).set_(pool.lend(taken, 16, LOAN, (1, 0)).storage, 0, (4,), (1,)).fill_(2.0)
-        pool.move_out(taken)
-        pool.lend(taken, 16, LOAN, (1, 0)).storage
-    fill(pool, taken, 0xFF)
-    assert not pool.bytes(taken.offset, 16).is_inference()
-    assert torch.equal(output, torch.full((4,), 2.0))
-
-
-@pytest.mark.skipif(not can_invalidate(), reason="this torch can neither guard a storage nor move an output")
 def test_an_invalidated_output_raises_with_its_source_line_and_the_cure(pool: OutputPool):
     taken = pool.find_room(64, [])
     output = output_on(pool, taken, 64).fill_(1)
     view = output[8:]
     pool.invalidate(taken)
-    assert not taken.is_live()
-    again = output_on(pool, taken, 64).fill_(2)
     for tensor in (output, view):
         with pytest.raises(RuntimeError, match=r"(?s)model.py:3 in f.*clone"):
             tensor + 1
-    assert (again == 2).all()
+    if taken.is_live():  # a CPU build of torch, which can't see all accesses, keeps the bytes for the rest
+        assert not CAN_FORBID_ACCESS
+        del output, view, tensor
+    assert (output_on(pool, taken, 64).fill_(2) == 2).all()
 
 
 def test_a_live_output_outlives_the_pool():

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cudagraph_backend.drivers.host import HostMemory
-from cudagraph_backend.output_pool import Loan, OutputPool, can_move_out
+from cudagraph_backend.output_pool import Loan, OutputPool
 from cudagraph_backend.region import TensorInput
 from cudagraph_backend.staging import Reading, shape_at, stage, staged_copy, write_back
 from cudagraph_backend.strides import Shape, extent
@@ -260,14 +260,6 @@ def test_pooled_outputs_are_found_where_padding_harms_nothing(pool: OutputPool, 
     found = reads.found_in(pool, of(output))
     assert (found is not None) == expected
     assert found is None or pool.holder(output.untyped_storage()) is found
-
-
-def test_an_output_that_was_moved_out_is_not_found(pool: OutputPool):
-    if not can_move_out():
-        pytest.skip("this torch can't exchange the memory of storages")
-    output = lent(pool, 40, 64)
-    pool.move_out(pool.live_ranges()[0])
-    assert reading(shape_of(40), shape_of(64)).found_in(pool, output) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.complex64])

@@ -16,14 +16,12 @@ from torch._dynamo.backends.common import aot_autograd
 from cudagraph_backend import torch_internals
 from cudagraph_backend.region import evaluate
 from cudagraph_backend.torch_internals import (
-    CAN_MOVE_STORAGE,
     Shapes,
     addresses_equal,
     current_step,
     expr,
     outside_inference_mode,
     storage_users,
-    swap_memory,
     with_allocator,
 )
 from tests.unit.test_analysis import captured
@@ -69,19 +67,6 @@ def test_only_the_tensors_asked_for_are_compared():
 
 
 # ------------------------------------------------------------------------------------------------ storages
-
-
-@pytest.mark.skipif(not CAN_MOVE_STORAGE, reason="this torch has no UntypedStorage._swap_data_ptr_")
-def test_swapped_memory_takes_all_tensors_along():
-    first, second = torch.arange(4), torch.arange(4, 8)
-    view, addresses = first.view(2, 2)[1], (first.data_ptr(), second.data_ptr())
-    swap_memory(first.untyped_storage(), second.untyped_storage())
-    assert (second.data_ptr(), first.data_ptr()) == addresses
-    assert (first.tolist(), second.tolist(), view.tolist()) == ([4, 5, 6, 7], [0, 1, 2, 3], [6, 7])
-
-
-def test_torch_can_swap_memory_from_2_12_on():
-    assert (torch.__version__ >= torch.torch_version.TorchVersion("2.12")) == CAN_MOVE_STORAGE
 
 
 def test_every_tensor_on_a_storage_is_one_more_user():
