@@ -132,8 +132,8 @@ def steps(replayer: Replayer, args: list[Any]) -> dict[str, Call]:
         "route, liveness": lambda: tree.route(plan, where, args),
         "staging apart": lambda: route.stage(args),
         "staging, graph launch": lambda: graph.replay(route.stage, args),
-        "outputs": lambda: make_outputs(layout, device.pool, route.place.outputs, args, current_step()),
-        "counters": lambda: replayer.counters.count(plan, route),
+        "outputs": lambda: make_outputs(layout, device.pool, route.place.outputs, args, current_step(), {}),
+        "counters": lambda: replayer.counters.count(plan, route, 0),
         "all of them: Replayer.__call__": lambda: replayer(list(args)),
     }
 
