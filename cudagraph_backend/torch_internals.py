@@ -90,6 +90,11 @@ def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
     return dict(torch._TorchCompileInductorWrapper(None, options, None).config)
 
 
+def mode_settings(mode: str) -> dict[str, Any]:
+    """Inductor's settings that a ``mode`` of ``torch.compile`` stands for."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
 def inductor_option_names() -> list[str]:
     return sorted(inductor_config.get_config_copy())
 
@@ -101,6 +106,15 @@ def input_sources(gm: torch.fx.GraphModule) -> list[str]:
     """
     nodes = gm.graph.find_nodes(op="placeholder")
     return [getattr(getattr(node, "_dynamo_source", None), "name", str(node.target)) for node in nodes]
+
+
+def take_graph_override(gm: torch.fx.GraphModule) -> tuple[bool | None, bool | None]:
+    """What ``torch._dynamo.override_cudagraphs`` (since torch 2.13) says of a Dynamo graph's forward and backward.
+
+    It is taken off the graph: where it asks for graphs, Inductor would make stock's.
+    """
+    said = gm.meta.pop("cudagraph_annotation", None)
+    return getattr(said, "fwd", None), getattr(said, "bwd", None)
 
 
 def call_input(node: torch.fx.Node) -> int | None:
@@ -335,6 +349,14 @@ def current_step() -> tuple[int, int]:
     """
     marked = MarkStepBox.mark_step_counter
     return (0, marked) if marked else (GenerationTracker.generation, 0)
+
+
+def forget_marked_steps() -> None:
+    """Until the next ``torch.compiler.cudagraph_mark_step_begin()`` every outermost compiled call is a step again.
+
+    As a reset of stock's trees does. The count is the process's: of all threads, and of stock's trees, too.
+    """
+    MarkStepBox.mark_step_counter = 0
 
 
 def storage_users(cdata: int) -> int:
