@@ -23,7 +23,6 @@ from cudagraph_backend.region import Kind, Region
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.torch_internals import Compiled
 
-
 _GRAPHS_OFF = Refusal("CUDA graphs are off for this function (override_cudagraphs)")
 
 
@@ -130,8 +129,8 @@ class Backend:
         """Let a forked child start anew, with locks, pools and graphs of its own.
 
         A thread that the child does not have may have been in a call: it holds the lock for ever, and has left pool and
-        tree as they were at that moment. Nothing of these is changed or awaited here: this thread may have forked within
-        a call, and finishes it on what it has. Outputs keep their memory, of which the child has a private copy.
+        tree as they were at that moment. Nothing of these is changed or awaited here: this thread may have forked
+        within a call, and finishes it on what it has. Outputs keep their memory, of which the child has a private copy.
         """
         replayers, self._replayers = list(self._replayers), weakref.WeakSet()
         # The child can't free what is CUDA's.
