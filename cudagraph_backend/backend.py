@@ -202,3 +202,5 @@ def _kinds_without_graphs(fwd: bool | None, bwd: bool | None) -> frozenset[Kind]
 
 
 sharedgraph = Backend()
+# Not later: a function's precompiled code is looked up before any of it comes here.
+torch_internals.keep_precompiled_code_apart(sharedgraph)
