@@ -17,6 +17,8 @@ The way of the data::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cudagraph_backend.backend import sharedgraph
@@ -49,14 +51,34 @@ __all__ = [
     "WarmedSize",
     "WarmupError",
     "alias_info",
+    "configure",
     "explain",
     "output_pool",
     "padding_rule",
     "reset",
     "sharedgraph",
     "stats",
+    "unconfigure",
     "warmup",
 ]
+
+
+def configure(**options: Any) -> dict[str, Any]:
+    """Set options for the process, for callers that can't pass ``options=``; returns all that are set so.
+
+    They are checked at once, add to what earlier calls have set, and hold for what is compiled from now on. Option by
+    option (``inductor``: setting by setting) they win over the environment variable ``SHAREDGRAPH_OPTIONS``, and the
+    ``mode`` and ``options`` of ``torch.compile`` over them. ``reset()`` leaves them alone; ``unconfigure()`` forgets them.
+
+    Raises:
+        OptionError: an unknown name, a wrong type or an impossible value; nothing is set then.
+    """
+    return sharedgraph.configure(**options)
+
+
+def unconfigure() -> None:
+    """Forget all that ``configure`` has set."""
+    sharedgraph.unconfigure()
 
 
 def stats() -> Stats:
@@ -70,7 +92,10 @@ def explain() -> str:
 
 
 def reset() -> None:
-    """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
+    """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called.
+
+    Marks of steps that were made before count no more. What ``configure`` has set stays.
+    """
     sharedgraph.reset()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,12 +16,14 @@ import torch
 from cudagraph_backend import torch_internals
 from cudagraph_backend.compiling import RegionCompile
 from cudagraph_backend.devices import Device, Devices
-from cudagraph_backend.errors import OptionError
+from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
-from cudagraph_backend.options import Options, parse_options
+from cudagraph_backend.options import ENVIRONMENT, Options, checked_options, merged_options, options_of
 from cudagraph_backend.region import Kind, Region
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.torch_internals import Compiled
+
+_GRAPHS_OFF = Refusal("CUDA graphs are off for this function (override_cudagraphs)")
 
 
 class Backend:
@@ -35,6 +39,9 @@ class Backend:
         self._devices = Devices()
         self._replayers: weakref.WeakSet[Replayer] = weakref.WeakSet()
         self._numbers = itertools.count()  # never starts anew: a region's name stays its own
+        self._configured: dict[str, Any] = {}
+        self._watches_forks = False
+        self._inherited: list[Any] = []
 
     def __call__(
         self,
@@ -46,21 +53,32 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one Dynamo graph.
 
+        The environment variable ``SHAREDGRAPH_OPTIONS`` is read here, at each compilation.
+
         Raises:
-            OptionError: a bad option, or a ``mode`` (Inductor's settings go into ``options={"inductor": {...}}``).
+            OptionError: a bad option or ``mode``.
             RefusalError: with ``strict``, if a region can't be captured or one of its dims can't be padded.
         """
-        if mode is not None:
-            raise OptionError(f"mode: got {mode!r}; accepted is none: use options={{'inductor': {{...}}}} instead")
+        parsed = options_of(options, mode, self._configured, os.environ.get(ENVIRONMENT))
         names = tuple(InputName.of(source) for source in torch_internals.input_sources(gm))
-        frame = _FrameCompile(self, parse_options(options), names)
-        return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(frame.options.inductor))
+        frame = _FrameCompile(self, parsed, names, _kinds_without_graphs(*torch_internals.take_graph_override(gm)))
+        return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(parsed.inductor))
+
+    def configure(self, **options: Any) -> dict[str, Any]:
+        """Set options that hold where a compilation does not give them; returns all that are set so."""
+        self._configured = merged_options((self._configured, checked_options(options)))
+        return dict(self._configured)
+
+    def unconfigure(self) -> None:
+        """Forget all that ``configure`` has set."""
+        self._configured = {}
 
     def regions(self) -> list[Replayer]:
         """The regions that were compiled or called since the last reset, in the order of compilation."""
         return sorted(self._replayers, key=lambda replayer: (replayer.region.number, replayer.region.part or ()))
 
     def register(self, replayer: Replayer) -> None:
+        self._watch_forks()
         self._replayers.add(replayer)
 
     @contextlib.contextmanager
@@ -81,14 +99,46 @@ class Backend:
 
     def device(self, device: torch.device) -> Device:
         """The device's driver and pool, made at the first use."""
+        self._watch_forks()
         return self._devices.at(device)
 
     def reset(self) -> None:
-        """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called."""
+        """Free all graphs, buffers and pools. Outputs stay valid; compiled functions capture anew when called.
+
+        Steps are counted as in a new process, too: marks that were made before don't count. What ``configure`` has set
+        stays.
+        """
         self._devices.clear()  # first: devices go with the last region that uses them
         for replayer in self.regions():
             replayer.reset()
         self._replayers.clear()
+        torch_internals.forget_marked_steps()
+
+    # ---- copies, and forks
+
+    def __reduce__(self) -> str:
+        """Copied and pickled by name, as the one that serves the process."""
+        return "sharedgraph"
+
+    def _watch_forks(self) -> None:
+        if not self._watches_forks:
+            self._watches_forks = True
+            os.register_at_fork(after_in_child=functools.partial(_begin_in_child, weakref.ref(self)))
+
+    def begin_in_child(self) -> None:
+        """Let a forked child start anew, with locks, pools and graphs of its own.
+
+        A thread that the child does not have may have been in a call: it holds the lock for ever, and has left pool and
+        tree as they were at that moment. Nothing of these is changed or awaited here: this thread may have forked
+        within a call, and finishes it on what it has. Outputs keep their memory, of which the child has a private copy.
+        """
+        replayers, self._replayers = list(self._replayers), weakref.WeakSet()
+        # The child can't free what is CUDA's.
+        self._inherited += [r.table for r in replayers if r.table is not None and r.region.device.type == "cuda"]
+        self._devices = Devices()
+        Replayer.rehearsed = None
+        for replayer in replayers:
+            replayer.reset()
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,6 +148,7 @@ class _FrameCompile:
     backend: Backend
     options: Options
     names: tuple[InputName, ...]
+    without_graphs: frozenset[Kind]
     _static_names: frozenset[str] = frozenset()
 
     def compile_region(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -113,6 +164,7 @@ class _FrameCompile:
             options=self.options,
             inductor=kwargs,
             replayer=self._replayer,
+            refusal=_GRAPHS_OFF if kind in self.without_graphs else None,
         ).compile(gm, example_inputs)
 
     def _replayer(self, region: Region, compiled: Compiled) -> Replayer:
@@ -131,4 +183,24 @@ class _FrameCompile:
         return frozenset(i for i, name in enumerate(names) if name in self._static_names)
 
 
+def _begin_in_child(backend: weakref.ref[Backend]) -> None:
+    """Called in each forked child; no backend is kept alive for that."""
+    alive = backend()
+    if alive is not None:
+        alive.begin_in_child()
+
+
+def _kinds_without_graphs(fwd: bool | None, bwd: bool | None) -> frozenset[Kind]:
+    """The kinds of regions that the user's ``override_cudagraphs`` turns graphs off for.
+
+    As stock does, a backward follows its forward where nothing is said of it.
+    """
+    off: set[Kind] = {"inference", "forward"} if fwd is False else set()
+    if bwd is False or (bwd is None and fwd is False):
+        off.add("backward")
+    return frozenset(off)
+
+
 sharedgraph = Backend()
+# Not later: a function's precompiled code is looked up before any of it comes here.
+torch_internals.keep_precompiled_code_apart(sharedgraph)

@@ -38,6 +38,7 @@ class RegionCompile:
         names: what the user's call names the inputs of the Dynamo graph, in their order.
         inductor: the keyword arguments of Inductor's compile function.
         replayer: makes the call of a region, from what is known of it and Inductor's code.
+        refusal: why it must not be captured, neither as a whole nor in parts, where the user says so.
     """
 
     number: int
@@ -47,6 +48,7 @@ class RegionCompile:
     options: Options
     inductor: Mapping[str, Any]
     replayer: Callable[[Region, Compiled], Compiled]
+    refusal: Refusal | None = None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         """The call of the region, in place of what Inductor's compile function returns."""
@@ -77,12 +79,13 @@ class RegionCompile:
         return torch_internals.boxed(self.replayer(region, compiled))
 
     def _refused_device(self, device: torch.device) -> Refusal | None:
-        return device_refusal(device) or driver_refusal(self.options.driver, device)
+        return self.refusal or device_refusal(device) or driver_refusal(self.options.driver, device)
 
     def _analyse(
         self, gm: GraphModule, example_inputs: Sequence[Any], static: Collection[int], refusal: Refusal | None = None
     ) -> Region:
         driver = functools.partial(driver_refusal, self.options.driver)
+        refusal = self.refusal or refusal
         return analyse(gm, example_inputs, self.kind, static, self.options, self.number, self.names, driver, refusal)
 
     # ---- parts

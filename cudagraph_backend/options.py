@@ -1,8 +1,9 @@
-"""The backend's options: frozen, and parsed strictly."""
+"""The backend's options: frozen, and parsed strictly, whichever way they come in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -21,10 +22,18 @@ Capture = Literal["auto", "always"]
 _CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify, "capture": Capture}
 _MAX_SIZE = 2**31 - 1
 
+ENVIRONMENT = "SHAREDGRAPH_OPTIONS"
+"""The environment variable that holds options as a JSON object."""
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What ``torch.compile(..., backend="sharedgraph", options={...})`` accepts.
+
+    What is not given there is what ``cudagraph_backend.configure`` says, else the environment variable
+    ``SHAREDGRAPH_OPTIONS`` (a JSON object), else the default.
 
     Attributes:
         capture_sizes: sizes of a dynamic dim to capture graphs for (ascending, unique), or ``"auto"``: from the dim's
@@ -59,21 +68,79 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
+def options_of(
+    given: Mapping[str, Any] | None, mode: str | None, configured: Mapping[str, Any], environment: str | None
+) -> Options:
+    """The options of one compilation: those given with it, else what its mode, ``configure`` or the environment says.
+
+    Raises:
+        OptionError: a bad option in ``given`` or the environment, or an unknown mode.
+    """
+    layers = (environment_options(environment), configured, mode_options(mode), checked_options(given))
+    return Options(**merged_options(layers))
+
+
+def merged_options(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Checked options from several places, option by option (``inductor``: setting by setting); later ones win."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        settings = {**merged.get("inductor", {}), **layer.get("inductor", {})}
+        merged.update(layer)
+        if settings:
+            merged["inductor"] = settings
+    return merged
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a ``mode`` of ``torch.compile`` means here: its settings of Inductor, those of CUDA graphs apart."""
+    if mode is None:
+        return {}
+    if not isinstance(mode, str) or mode not in _MODES:
+        accepted = f"None, {', '.join(map(repr, _MODES))}; settings of Inductor: options={{'inductor': {{...}}}}"
+        raise OptionError(f"mode: got {mode!r}; accepted is {accepted}")
+    settings = torch_internals.mode_settings(mode)
+    return {"inductor": {name: value for name, value in settings.items() if not _is_about_graphs(name)}}
+
+
+def environment_options(text: str | None) -> dict[str, Any]:
+    """The checked options in the environment variable's text; an empty one says nothing, as one that is not set."""
+    if not text:
+        return {}
+    accepted = 'a JSON object of option names to values, such as {"pad": "off"}'
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise OptionError(
+            f"environment variable {ENVIRONMENT}: got {text!r}; accepted is {accepted} ({error})"
+        ) from None
+    if not isinstance(given, dict):
+        raise OptionError(f"environment variable {ENVIRONMENT}: got {text!r}; accepted is {accepted}")
+    try:
+        return checked_options(given)
+    except OptionError as error:
+        raise OptionError(f"environment variable {ENVIRONMENT}: {error}") from None
+
+
 def parse_options(given: Mapping[str, Any] | None) -> Options:
+    """Options as given, the rest as by default. Raises ``OptionError``."""
+    return Options(**checked_options(given))
+
+
+def checked_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Check every option given.
 
     Raises:
         OptionError: an unknown name, a wrong type or an impossible value.
     """
     if given is None:
-        return Options()
+        return {}
     if not isinstance(given, Mapping):
         raise OptionError(f"options: got {given!r}; accepted is a dict of option names to values")
     names = [f.name for f in fields(Options)]
     for name in given:
         if name not in names:
             raise OptionError(f"option {name!r} is unknown; accepted are {', '.join(names)}")
-    return Options(**{name: _checked(name, value) for name, value in given.items()})
+    return {name: _checked(name, value) for name, value in given.items()}
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -139,7 +206,7 @@ def _checked_inductor(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _error("inductor", value, "a dict of Inductor's setting names to values")
     for key in value:
-        if key.replace("-", "_").startswith("triton.cudagraph"):
+        if _is_about_graphs(key):
             raise _error("inductor", value, f"settings other than {key!r}: this backend captures the graphs itself")
     try:
         return torch_internals.checked_inductor_options(dict(value))
@@ -150,6 +217,11 @@ def _checked_inductor(value: Any) -> dict[str, Any]:
         raise _error(
             "inductor", value, f"settings of torch._inductor.config, which has no {', '.join(map(repr, unknown))}"
         ) from None
+
+
+def _is_about_graphs(setting: str) -> bool:
+    """Whether a setting of Inductor is one of stock's CUDA graphs."""
+    return setting.replace("-", "_").startswith("triton.cudagraph")
 
 
 def _error(name: str, value: Any, accepted: str) -> OptionError:

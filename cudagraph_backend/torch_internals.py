@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
+from weakref import WeakSet
 
 import sympy
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
+from torch._C._dynamo.eval_frame import _reset_precompile_entries
+from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.mutation_guard import GenerationTracker
+from torch._dynamo.package import DynamoCache
 from torch._dynamo.utils import get_static_address_type
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._guards import TracingContext, detect_fake_mode
@@ -91,6 +96,11 @@ def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
     return dict(torch._TorchCompileInductorWrapper(None, options, None).config)
 
 
+def mode_settings(mode: str) -> dict[str, Any]:
+    """Inductor's settings that a ``mode`` of ``torch.compile`` stands for."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
 def inductor_option_names() -> list[str]:
     return sorted(inductor_config.get_config_copy())
 
@@ -102,6 +112,49 @@ def input_sources(gm: torch.fx.GraphModule) -> list[str]:
     """
     nodes = gm.graph.find_nodes(op="placeholder")
     return [getattr(getattr(node, "_dynamo_source", None), "name", str(node.target)) for node in nodes]
+
+
+def take_graph_override(gm: torch.fx.GraphModule) -> tuple[bool | None, bool | None]:
+    """What ``torch._dynamo.override_cudagraphs`` (since torch 2.13) says of a Dynamo graph's forward and backward.
+
+    It is taken off the graph: where it asks for graphs, Inductor would make stock's.
+    """
+    said = gm.meta.pop("cudagraph_annotation", None)
+    return getattr(said, "fwd", None), getattr(said, "bwd", None)
+
+
+def keep_precompiled_code_apart(backend: Any) -> None:
+    """Let functions that ``backend`` compiles neither get nor leave anything in torch's precompile cache.
+
+    With ``torch._dynamo.config.caching_precompile`` the cache is asked when a function is handed to ``torch.compile``,
+    before any backend is called, and knows it by name and line alone: it would answer with what another backend left,
+    plain Inductor's code. Of ours it could keep no more than an entry without code, in place of that of the other.
+    """
+    load, record = DynamoCache.load, DynamoCache.record_package
+    ours: WeakSet[types.CodeType] = WeakSet()
+
+    def load_unless_ours(function: Callable[..., Any]) -> Any:
+        context = sys._getframe(1).f_locals.get("self")  # the cache is not told for which backend it is asked
+        code = innermost_fn(function).__code__
+        if backend in _backends_of(context):
+            ours.add(code)
+            _reset_precompile_entries(code)  # those that another backend has loaded
+        return None if code in ours else load(function)
+
+    def record_unless_ours(package: Any) -> None:
+        if package._innermost_fn.__code__ not in ours:
+            record(package)
+
+    DynamoCache.load = load_unless_ours  # type: ignore[method-assign, assignment]
+    DynamoCache.record_package = record_unless_ours  # type: ignore[method-assign]
+
+
+def _backends_of(context: Any) -> tuple[Any, ...]:
+    """What a context of Dynamo compiles with: the backend, and where ``torch.compile`` wraps that, what it wraps."""
+    found: Any = getattr(context, "callback", None)
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return found, getattr(found, "compiler_fn", None)
 
 
 def call_input(node: torch.fx.Node) -> int | None:
@@ -336,6 +389,14 @@ def current_step() -> tuple[int, int]:
     """
     marked = MarkStepBox.mark_step_counter
     return (0, marked) if marked else (GenerationTracker.generation, 0)
+
+
+def forget_marked_steps() -> None:
+    """Until the next ``torch.compiler.cudagraph_mark_step_begin()`` every outermost compiled call is a step again.
+
+    As a reset of stock's trees does. The count is the process's: of all threads, and of stock's trees, too.
+    """
+    MarkStepBox.mark_step_counter = 0
 
 
 def storage_users(cdata: int) -> int:

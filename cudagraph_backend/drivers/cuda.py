@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class CudaMemory:
         from cuda.bindings import driver
 
         self._driver = driver
+        self._process = os.getpid()
         self.device = device
         self._handles: list[tuple[int, int, Any]] = []
         self.nbytes = 0
@@ -86,8 +88,8 @@ class CudaMemory:
 
     def __del__(self) -> None:
         # Nothing refers to the memory any more: every tensor on it holds this object.
-        if getattr(self, "address", None) is None:
-            return
+        if getattr(self, "address", None) is None or os.getpid() != self._process:
+            return  # it was never had, or a forked child, to which CUDA is closed, drops its copy of this object
         torch.cuda.synchronize(self.device)
         for address, nbytes, handle in self._handles:
             self._driver.cuMemUnmap(address, nbytes)
@@ -138,6 +140,7 @@ class CudaDriver:
     poison = False
 
     def __init__(self, device: torch.device):
+        torch.cuda.init()  # raises torch's own error in a child that was forked after CUDA was used
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._memory: MemoryPool | None = None
