@@ -94,6 +94,21 @@ def inductor_option_names() -> list[str]:
     return sorted(inductor_config.get_config_copy())
 
 
+def ops_to_partition() -> tuple[str, ...]:
+    """Inductor's own list of operators that must run outside of CUDA graphs, as it is set now."""
+    return tuple(getattr(inductor_config, "custom_should_partition_ops", ()))
+
+
+def is_registered_operator(name: str) -> bool:
+    """Whether there is an operator of that name, given with or without its overload."""
+    packet, _, overload = name.partition(".")
+    namespace, _, short = packet.partition("::")
+    if namespace == "higher_order":
+        return hasattr(torch.ops.higher_order, short)
+    schemas = torch._C._jit_get_schemas_for_operator(packet)
+    return any(overload in ("", schema.overload_name or "default") for schema in schemas)
+
+
 def input_sources(gm: torch.fx.GraphModule) -> list[str]:
     """Per input of a Dynamo graph, where the user's frame holds it, e.g. ``L['batch']['labels']``.
 
@@ -256,6 +271,20 @@ def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
 def is_higher_order(target: Any) -> bool:
     """Whether an FX node's target takes graphs as arguments (``torch.cond``, ``scan``, …)."""
     return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def subgraphs_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
+    """The graphs that a higher-order operator is given, each once."""
+    read = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    owner = node.graph.owning_module
+    found = [_attribute(owner, str(n.target)) for n in read] if owner is not None else []
+    return [module for module in found if isinstance(module, torch.fx.GraphModule)]
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def operator_name(target: torch._ops.OpOverload) -> str:

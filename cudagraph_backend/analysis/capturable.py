@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from cudagraph_backend.analysis.operators import communicates, is_named, targets_of, waits
 from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
@@ -17,12 +19,14 @@ from cudagraph_backend.torch_internals import SYMBOLIC, expr, is_backed, is_high
 _CAPTURABLE_DEVICES = ("cuda", "cpu")
 
 
-def capture_refusal(graph: Graph, example_inputs: Sequence[Any], devices: set[torch.device]) -> Refusal | None:
-    """Why a region must always run as compiled code, or ``None``."""
+def capture_refusal(
+    graph: Graph, example_inputs: Sequence[Any], devices: set[torch.device], unsafe: Collection[str] = ()
+) -> Refusal | None:
+    """Why a region must always run as compiled code, or ``None``; ``unsafe`` names operators not to be captured."""
     return (
         _refused_device(devices, graph)
         or input_refusal(graph, example_inputs)
-        or next((r for node in graph.nodes if (r := _refused_op(node))), None)
+        or next((r for node in graph.nodes if (r := _refused_op(node, unsafe))), None)
     )
 
 
@@ -38,9 +42,9 @@ def main_device(graph: Graph) -> torch.device:
     return next(iter((*on_gpu, *counts)), torch.device("cpu"))
 
 
-def op_refusal(node: Node, device: torch.device) -> Refusal | None:
+def op_refusal(node: Node, device: torch.device, unsafe: Collection[str] = ()) -> Refusal | None:
     """Why an operator can't be part of a graph on ``device``, or ``None``."""
-    return _refused_op(node) or _refused_place(node, device)
+    return _refused_op(node, unsafe) or _refused_place(node, device)
 
 
 def tensors_of(node: Node) -> Iterator[torch.Tensor]:
@@ -84,7 +88,7 @@ def _refused_place(node: Node, device: torch.device) -> Refusal | None:
     return _refuse(node, f"the region mixes devices: {names}") if others else None
 
 
-def _refused_op(node: Node) -> Refusal | None:
+def _refused_op(node: Node, unsafe: Collection[str]) -> Refusal | None:
     if node.op in ("placeholder", "output"):
         return None
     if node.op == "get_attr":
@@ -99,7 +103,19 @@ def _refused_op(node: Node) -> Refusal | None:
         return _refuse(node, "a size or value depends on data")
     if any(tag.name == "cudagraph_unsafe" for tag in tags):
         return _refuse(node, "the operator is tagged unsafe for CUDA graphs")
-    return None
+    if any(is_named(target, unsafe) for target in targets_of(node)):
+        return _refuse(node, "the operator is named as one that must not be captured")
+    return _refused_wait(node, unsafe) if waits(node.target) else None
+
+
+def _refused_wait(node: Node, unsafe: Collection[str]) -> Refusal | None:
+    """A captured wait waits for what was captured with it: of a collective begun elsewhere a replay knows nothing."""
+    begun = node.args[0]
+    while isinstance(begun, Node) and begun.target is operator.getitem:
+        begun = begun.args[0]
+    if not isinstance(begun, Node) or not communicates(begun.target):
+        return _refuse(node, "it waits for a collective that is not in the graph")
+    return _refused_op(begun, unsafe)
 
 
 def _has_unbacked_size(node: Node) -> bool:

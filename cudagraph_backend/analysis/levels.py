@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.capturable import tensors_of
+from cudagraph_backend.analysis.operators import communicates, targets_of, waits
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
@@ -136,7 +137,12 @@ def _is_light(node: Node, refused: Refusals) -> bool:
 
 def _keeps_order(node: Node, refused: Refusals) -> bool:
     """Random numbers, effects, and what an operator of the user's might do unseen happen in the order of the graph."""
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or node.is_impure():
+    if waits(node.target):
+        return False  # it belongs to the part of the collective that it waits for
+    targets = list(targets_of(node))
+    if any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets) or node.is_impure():
+        return True
+    if any(map(communicates, targets)):
         return True
     if node not in refused or node.target is operator.getitem:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -63,16 +63,18 @@ class Split:
         return any(value in part.reads for part in self.parts)
 
 
-def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.device) -> Split | None:
+def split(
+    module: GraphModule, example_inputs: Sequence[Any], device: torch.device, unsafe: Collection[str] = ()
+) -> Split | None:
     """The parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
 
-    The region's own graph stays as it is.
+    ``unsafe`` names operators not to be captured. The region's own graph stays as it is.
 
     Raises:
         CannotSplit: a part would need what it can't be given.
     """
     flow = Flow(module.graph)
-    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device)) is not None}
+    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device, unsafe)) is not None}
     part_of = parts_of(flow, refused)
     count = 1 + max(part_of.values(), default=-1)
     refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]

@@ -9,7 +9,9 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.capturable import tensors_of
+from cudagraph_backend.analysis.operators import communicates, targets_in, targets_of
 from cudagraph_backend.analysis.padding.call import leaves
+from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import is_operator, operator_name
 
@@ -23,12 +25,21 @@ _NUMBERS_FROM_FLOATS = (
 
 
 def draws_random_numbers(graph: Graph) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets_in(graph))
+
+
+def lasting_effect(graph: Graph) -> Refusal | None:
+    """An effect of the graph that nothing can put back, so that it must not be run to try something out."""
+    for node in graph.nodes:
+        for target in targets_of(node):
+            if communicates(target):
+                return Refusal("the region communicates with other processes", str(target), source_line(node))
+    return None
 
 
 def may_draw_random_numbers(graph: Graph) -> bool:
     """Whether the graph draws random numbers, or has operators of the user's, of which that is not known."""
-    operators = [node.target for node in graph.nodes if is_operator(node.target)]
+    operators = [target for target in targets_in(graph) if is_operator(target)]
     known = all(operator_name(target).startswith(("aten::", "prims::")) for target in operators)
     return not known or draws_random_numbers(graph)
 
@@ -41,7 +52,9 @@ def precision(graph: Graph) -> float:
 
 def probe_refusal(graph: Graph, unproven: Refusal) -> Refusal | None:
     """Why a dim that is ``unproven`` can't be probed either."""
-    if draws_random_numbers(graph):
+    if (effect := lasting_effect(graph)) is not None:
+        reason = f"{effect.reason} ({effect.op}), which must happen once per call"
+    elif draws_random_numbers(graph):
         reason = "the region draws random numbers, so runs can't be compared"
     elif (node := number_from_floats(graph)) is not None:
         reason = f"integers are made of floats ({node.target}), so extremes might become an index out of range"
