@@ -275,16 +275,21 @@ def is_higher_order(target: Any) -> bool:
 
 def subgraphs_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
     """The graphs that a higher-order operator is given, each once."""
-    read = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    owner = node.graph.owning_module
-    found = [_attribute(owner, str(n.target)) for n in read] if owner is not None else []
-    return [module for module in found if isinstance(module, torch.fx.GraphModule)]
+    found = [submodule_of(read) for read in node.all_input_nodes if read.op == "get_attr"]
+    return [module for module in found if module is not None]
 
 
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
+def submodule_of(node: torch.fx.Node) -> torch.fx.GraphModule | None:
+    """The graph that a node gives to a higher-order operator; ``None`` if it gives anything else."""
+    found: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, torch.fx.GraphModule) else None
+
+
+def calls_its_graph(target: torch._ops.HigherOrderOperator) -> bool:
+    """Whether a higher-order operator is of those that do no more than call the graph they are given."""
+    return any(base.__name__ == "BaseHOP" for base in type(target).__mro__)
 
 
 def operator_name(target: torch._ops.OpOverload) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.padding.call import leaves
@@ -29,25 +31,69 @@ _PROCESS_GROUPS = ("group_name", "process_group")
 
 def targets_of(node: Node) -> Iterator[Any]:
     """The operators that a node runs: its own, those that it wraps, and all in the graphs that it is given."""
-    if node.op != "call_function":
-        return
-    yield node.target
-    if is_higher_order(node.target):
-        yield from (leaf for leaf in leaves([node.args, node.kwargs]) if is_operator(leaf) or is_higher_order(leaf))
+    if node.op == "call_function":
+        yield node.target
+        yield from wrapped(node)
         for inner in nodes_inside(node):
             yield from targets_of(inner)
 
 
+def wrapped(node: Node) -> Iterator[Any]:
+    """The operators that a higher-order one is given by name, as ``auto_functionalized`` is."""
+    if is_higher_order(node.target):
+        yield from (leaf for leaf in leaves([node.args, node.kwargs]) if is_operator(leaf) or is_higher_order(leaf))
+
+
 def nodes_inside(node: Node) -> Iterator[Node]:
     """The nodes of the graphs that a higher-order operator is given; not of those that these give in turn."""
-    for module in subgraphs_of(node):
-        yield from module.graph.nodes
+    if is_higher_order(node.target):
+        for module in subgraphs_of(node):
+            yield from module.graph.nodes
+
+
+def nodes_in(graph: Graph) -> Iterator[Node]:
+    """The nodes of a graph, and of those inside it, at all levels."""
+    for node in graph.nodes:
+        yield node
+        for module in subgraphs_of(node) if is_higher_order(node.target) else ():
+            yield from nodes_in(module.graph)
 
 
 def targets_in(graph: Graph) -> Iterator[Any]:
     """The operators that a graph runs, at all levels."""
     for node in graph.nodes:
         yield from targets_of(node)
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node changes what it is given. A functional wrapper changes a copy."""
+    if is_operator(node.target):
+        return operator_schema(node.target).is_mutable
+    if is_higher_order(node.target):
+        is_mutation = node.target.name().endswith("_mutation")
+        return is_mutation or any(map(writes_in_place, nodes_inside(node)))
+    return False
+
+
+# ---- effects
+
+
+def is_token(node: Node) -> bool:
+    """Whether a value is no tensor, but only orders operators with effects (``with_effects``)."""
+    if node.target is operator.getitem:
+        source, index = node.args
+        return index == 0 and isinstance(source, Node) and has_token(source)
+    return node.target is torch.ops.prims._make_token.default
+
+
+def has_token(node: Node) -> bool:
+    """Whether a node takes a token as its first argument, and gives one as its first result."""
+    return is_higher_order(node.target) and node.target.name() == "with_effects"
+
+
+def read_by(node: Node) -> list[Node]:
+    """What a node reads; tokens are not read, as each part of a graph has its own."""
+    return [read for read in node.all_input_nodes if not is_token(read)]
 
 
 def is_named(target: Any, names: Collection[str]) -> bool:
