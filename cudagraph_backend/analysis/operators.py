@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.torch_internals import (
+    flat_arguments,
     is_higher_order,
     is_operator,
     operator_name,
@@ -41,7 +41,7 @@ def targets_of(node: Node) -> Iterator[Any]:
 def wrapped(node: Node) -> Iterator[Any]:
     """The operators that a higher-order one is given by name, as ``auto_functionalized`` is."""
     if is_higher_order(node.target):
-        yield from (leaf for leaf in leaves([node.args, node.kwargs]) if is_operator(leaf) or is_higher_order(leaf))
+        yield from (leaf for leaf in flat_arguments(node) if is_operator(leaf) or is_higher_order(leaf))
 
 
 def nodes_inside(node: Node) -> Iterator[Node]:
