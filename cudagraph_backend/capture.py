@@ -26,12 +26,34 @@ from cudagraph_backend.outputs import (
 )
 from cudagraph_backend.plan import Bucket, Plan
 from cudagraph_backend.region import TensorOutput, evaluate, evaluate_all
-from cudagraph_backend.tree import Place, Route, no_memory
+from cudagraph_backend.staging import Reading, stage
+from cudagraph_backend.strides import extent
+from cudagraph_backend.torch_internals import Compiled
+from cudagraph_backend.tree import Place, Route, bucket_inputs, no_memory
 
 
 def with_static(inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """What to run a bucket with: its own inputs, and the call's static arguments."""
     return [arg if own is None else own for arg, own in zip_longest(args, inputs)]
+
+
+def run_padded(table: Table, plan: Plan, run: Compiled, args: Sequence[Any]) -> list[Any]:
+    """Answer a call from a run of its bucket that is not captured, on copies of what is padded."""
+    buffers: dict[int, torch.Tensor] = {}
+    copies = []
+    for reading in plan.readings:
+        if reading.real != reading.shape:
+            buffers[reading.index] = new_buffer(reading, table.region.device)
+            copies.append(reading.copy_to(buffers[reading.index]))
+    stage(copies, (), args)
+    inputs = with_static(bucket_inputs(table.region, plan.bucket.sizes, buffers), args)
+    return detached_outputs(table, plan, args, inputs, run(list(inputs)))
+
+
+def new_buffer(reading: Reading, device: torch.device) -> torch.Tensor:
+    """Memory of its own for an input of a bucket."""
+    memory = torch.zeros(max(extent(*reading.shape), 1), dtype=reading.dtype, device=device)
+    return memory.as_strided(*reading.shape)
 
 
 def run_once(table: Table, route: Route, inputs: Sequence[Any]) -> list[Any] | Refusal:

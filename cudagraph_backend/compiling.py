@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from cudagraph_backend import torch_internals
-from cudagraph_backend.analysis import analyse, complete
+from cudagraph_backend.analysis import analyse, complete, unsafe_ops
 from cudagraph_backend.analysis.capturable import device_refusal, input_refusal, main_device
 from cudagraph_backend.analysis.levels import CannotSplit
 from cudagraph_backend.analysis.parts import Part, Split, split
@@ -97,7 +97,7 @@ class RegionCompile:
             return None
         try:
             torch_internals.retrace_strides(gm, example_inputs)
-            cut = split(gm, example_inputs, device)
+            cut = split(gm, example_inputs, device, unsafe_ops(self.options))
             return None if cut is None else self._compile_parts(cut)
         except OptionError:
             raise

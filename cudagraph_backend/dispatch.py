@@ -115,7 +115,7 @@ class Table:
         chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in dims])
         if isinstance(chosen, Refusal):
             return chosen
-        values, padded = self.region.values(sizes), self.region.values(chosen)
+        values = self.region.values(sizes)
         if any(t.mutated and overlaps_itself(*shape_at(t, values)) for t in self.region.staged):
             return Refusal("an input that is written in place overlaps itself in memory")
         if chosen not in self.buckets and not self.tree.has_room():
@@ -123,6 +123,15 @@ class Table:
         bucket = self.buckets.setdefault(chosen, Bucket(chosen))
         if bucket.refusal is not None:
             return bucket.refusal
+        return self._plan(sizes, bucket)
+
+    def plan_without_graph(self, sizes: Sizes) -> Plan | None:
+        """A plan to run the bucket of a call's sizes as compiled code; ``None`` where nothing is padded."""
+        chosen = self._bucket_sizes(sizes, self._padded_dims())
+        return None if isinstance(chosen, Refusal) or chosen == sizes else self._plan(sizes, Bucket(chosen))
+
+    def _plan(self, sizes: Sizes, bucket: Bucket) -> Plan:
+        values, padded = self.region.values(sizes), self.region.values(bucket.sizes)
         rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
         return Plan(
             sizes,
@@ -135,6 +144,8 @@ class Table:
         )
 
     def _dims_to_probe(self, values: Values, padded: Values) -> list[DynamicDim]:
+        if self.region.effect is not None:
+            return []
         verifies = self._options.verify == "capture"
         dims = [d for d in self._padded_dims() if verifies or d.to_probe is not None]
         return [d for d in dims if any(values[s] != padded[s] for s in d.symbols)]

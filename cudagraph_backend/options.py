@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ Capture = Literal["auto", "always"]
 
 _CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify, "capture": Capture}
 _MAX_SIZE = 2**31 - 1
+_OPERATOR = re.compile(r"\w+::\w+(\.\w+)?")
 
 ENVIRONMENT = "SHAREDGRAPH_OPTIONS"
 """The environment variable that holds options as a JSON object."""
@@ -53,6 +55,9 @@ class Options:
         strict: raise ``RefusalError`` where a refusal would be counted.
         max_graphs: the most graphs one region may hold; beyond it the compiled region runs.
         verify: ``"capture"`` makes the probe's test runs for all dims, proven or assumed safe, too.
+        uncapturable_ops: operators that must run at every call, as they read what no graph sees (a Python object that
+            describes the batch): ``"mylib::op"``, or one overload, ``"mylib::op.Tensor"``. Graphs are captured around
+            them. A name may be that of an operator that is registered later.
         inductor: settings passed to Inductor, e.g. ``{"max_autotune": True}``.
     """
 
@@ -65,6 +70,7 @@ class Options:
     strict: bool = False
     max_graphs: int = 512
     verify: Verify = "off"
+    uncapturable_ops: tuple[str, ...] = ()
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -202,6 +208,16 @@ def _checked_max_graphs(value: Any) -> int:
     return value
 
 
+def _checked_uncapturable_ops(value: Any) -> tuple[str, ...]:
+    accepted = "a list of operators' names, as ['mylib::op'] or with an overload ['mylib::op.Tensor']"
+    if not isinstance(value, (list, tuple)):
+        raise _error("uncapturable_ops", value, accepted)
+    for name in value:
+        if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
+            raise _error("uncapturable_ops", value, f"{accepted} (it holds {name!r})")
+    return tuple(value)
+
+
 def _checked_inductor(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _error("inductor", value, "a dict of Inductor's setting names to values")
@@ -233,5 +249,6 @@ _CHECKS = {
     "fill": _checked_fill,
     "strict": _checked_strict,
     "max_graphs": _checked_max_graphs,
+    "uncapturable_ops": _checked_uncapturable_ops,
     "inductor": _checked_inductor,
 }

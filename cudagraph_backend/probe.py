@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend.capture import with_static
+from cudagraph_backend.capture import new_buffer, with_static
 from cudagraph_backend.comparison import is_close, is_equal
 from cudagraph_backend.dispatch import Table
 from cudagraph_backend.errors import Refusal, is_out_of_memory
 from cudagraph_backend.outputs import detached
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region, TensorOutput, evaluate_all
-from cudagraph_backend.staging import Reading, shape_at, stage
+from cudagraph_backend.staging import shape_at, stage
 from cudagraph_backend.strides import extent, reaching_once
 from cudagraph_backend.tree import bucket_inputs
 
@@ -119,16 +119,11 @@ def _refusal(region: Region, plan: Plan, index: int | None, reason: str) -> Refu
 
 def _run_padded(table: Table, plan: Plan, args: Sequence[Any], fill: Fill) -> list[Any]:
     """One run in the plan's bucket, whose padded rows ``fill`` overwrites (those of dims that are to be probed)."""
-    buffers = {reading.index: _new_buffer(reading, table.region.device) for reading in plan.readings}
+    buffers = {reading.index: new_buffer(reading, table.region.device) for reading in plan.readings}
     stage([reading.copy_to(buffers[reading.index]) for reading in plan.readings], (), args)
     _overwrite(table, plan, buffers, fill)
     inputs = with_static(bucket_inputs(table.region, plan.bucket.sizes, buffers), args)
     return _run(table, plan, _with_copies(table.region, inputs, args))
-
-
-def _new_buffer(reading: Reading, device: torch.device) -> torch.Tensor:
-    memory = torch.zeros(max(extent(*reading.shape), 1), dtype=reading.dtype, device=device)
-    return memory.as_strided(*reading.shape)
 
 
 def _with_copies(region: Region, inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:

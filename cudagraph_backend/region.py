@@ -125,7 +125,8 @@ class Region:
     """One graph handed over by AOTAutograd and compiled by Inductor.
 
     ``outputs`` holds a ``TensorOutput``, a size expression, or ``None`` per output. ``refusal`` is why the region
-    can't be captured at all. ``has_effects``: running it twice is not the same as running it once. ``may_draw``: it
+    can't be captured at all. ``has_effects``: running it twice is not the same as running it once. ``effect``: one
+    that can't be put back, as communication with other processes, so that no trial run is made. ``may_draw``: it
     draws random numbers, or has operators of which that is not known. ``takes_extremes``:
     NaN and large floats can't become an index. ``precision``: the largest machine epsilon among its values. ``part``:
     which part of what AOTAutograd handed over it is, and of how many, if it is not all of it.
@@ -143,6 +144,7 @@ class Region:
     refusal: Refusal | None
     has_effects: bool
     source_lines: tuple[str, ...]
+    effect: Refusal | None = None
     may_draw: bool = True
     takes_extremes: bool = True
     precision: float = torch.finfo(torch.float32).eps

@@ -262,14 +262,32 @@ class Replayer:
 
     def _run_compiled(self, args: list[Any], refusal: Refusal) -> Sequence[Any]:
         self._count(refusal)
+        if self.region.effect is not None and self.region.dims and refusal is not _SHARED_MEMORY:
+            return self._run_as_others_do(args)
         return self._run_uncounted(args)
+
+    def _run_as_others_do(self, args: list[Any]) -> Sequence[Any]:
+        """Other processes may replay the bucket's graph: what is sent to them must have its size, padded or not."""
+        table = self.table or self._new_table()
+        plan = table.plan_without_graph(tuple([size.read(args) for size in self.region.sizes]))
+        if plan is None:
+            return self._run_uncounted(args)
+        self._drop_counts(args)
+        args.extend(plan.counts)
+        outputs = capture.run_padded(table, plan, self._compiled, args)
+        args.clear()
+        return outputs
 
     def _run_uncounted(self, args: list[Any]) -> Sequence[Any]:
         if self.region.counts:
             values = self.region.values([size.read(args) for size in self.region.sizes])
-            del args[self.region.counts[0].index :]
+            self._drop_counts(args)
             args.extend(count.make(values, self.region.device) for count in self.region.counts)
         return self._compiled(args)
+
+    def _drop_counts(self, args: list[Any]) -> None:
+        if self.region.counts:
+            del args[self.region.counts[0].index :]
 
     def _count(self, refusal: Refusal) -> None:
         """Count a call that no graph answers. Raises ``RefusalError`` with ``strict``."""

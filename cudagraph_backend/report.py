@@ -18,6 +18,7 @@ from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.replay import Replayer
 from cudagraph_backend.spans import merged
 from cudagraph_backend.strides import extent
+from cudagraph_backend.torch_internals import is_registered_operator
 from cudagraph_backend.tree import Place
 
 
@@ -98,6 +99,8 @@ def explanation_of(backend: Backend) -> str:
         return "sharedgraph: no region is compiled"
     lines = [line for replayer in replayers for line in _explain(replayer)]
     lines += _unmatched_fills(replayers)
+    named = dict.fromkeys(name for r in replayers for name in r.options.uncapturable_ops)
+    lines += [f"uncapturable_ops: no operator is named {n!r}" for n in named if not is_registered_operator(n)]
     for device, state in backend.devices().items():
         lines += _explain_memory(device, state, [r for r in replayers if r.region.device == device])
     return "\n".join(lines)

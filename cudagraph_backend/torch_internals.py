@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,21 @@ def inductor_option_names() -> list[str]:
     return sorted(inductor_config.get_config_copy())
 
 
+def ops_to_partition() -> tuple[str, ...]:
+    """Inductor's own list of operators that must run outside of CUDA graphs, as it is set now."""
+    return tuple(getattr(inductor_config, "custom_should_partition_ops", ()))
+
+
+def is_registered_operator(name: str) -> bool:
+    """Whether there is an operator of that name, given with or without its overload."""
+    packet, _, overload = name.partition(".")
+    namespace, _, short = packet.partition("::")
+    if namespace == "higher_order":
+        return hasattr(torch.ops.higher_order, short)
+    schemas = torch._C._jit_get_schemas_for_operator(packet)
+    return any(overload in ("", schema.overload_name or "default") for schema in schemas)
+
+
 def input_sources(gm: torch.fx.GraphModule) -> list[str]:
     """Per input of a Dynamo graph, where the user's frame holds it, e.g. ``L['batch']['labels']``.
 
@@ -177,8 +193,11 @@ def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torc
     if not isinstance(call, types.MethodType) or name not in call.__func__.__globals__:
         return None
     function = call.__func__
-    bound = types.FunctionType(function.__code__, {**function.__globals__, name: allocate})
-    return types.MethodType(bound, call.__self__)
+    own = {**function.__globals__, name: allocate}
+    for key, value in function.__globals__.items():  # functions for the graphs inside (``invoke_subgraph``)
+        if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
+            own[key] = types.FunctionType(value.__code__, own, value.__name__, value.__defaults__, value.__closure__)
+    return types.MethodType(types.FunctionType(function.__code__, own), call.__self__)
 
 
 # ------------------------------------------------------------------------------------------------ parts of a region
@@ -233,12 +252,26 @@ def mark_visible(graph: torch.fx.Graph, indices: list[int]) -> None:
 
 
 def module_of(graph: torch.fx.Graph, whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A module of a part of the graph of ``whole``, with the constants and the sizes' environment of that."""
+    """A module of a part of the graph of ``whole``, with the constants and the sizes' environment of that.
+
+    The graphs inside are copied: Inductor changes what it compiles, and may be given several parts that hold them.
+    """
     module = torch.fx.GraphModule(whole, graph)
     module.meta.update(whole.meta)
+    inside = {str(n.target): submodule_of(n) for n in graph.find_nodes(op="get_attr")}
+    for path, submodule in inside.items():
+        if submodule is not None:
+            module.set_submodule(path, _copied(submodule))
     if getattr(whole, "shape_env", None) is not None:
         module.shape_env = whole.shape_env  # type: ignore[assignment]
     return module
+
+
+def _copied(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    graph.output_node().meta = dict(module.graph.output_node().meta)
+    return module_of(graph, module)
 
 
 # ------------------------------------------------------------------------------------------------ symbolic sizes
@@ -310,6 +343,37 @@ def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
 def is_higher_order(target: Any) -> bool:
     """Whether an FX node's target takes graphs as arguments (``torch.cond``, ``scan``, …)."""
     return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def flat_arguments(node: torch.fx.Node) -> list[Any]:
+    """What a node is called with, without the lists, tuples and dicts around it."""
+    return tree_leaves([node.args, node.kwargs])
+
+
+def bound_arguments(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a higher-order operator by the names that its call gives them."""
+    bound = inspect.signature(type(node.target).__call__).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name != "self"}
+
+
+def subgraphs_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
+    """The graphs that a higher-order operator is given, each once."""
+    found = [submodule_of(read) for read in node.all_input_nodes if read.op == "get_attr"]
+    return [module for module in found if module is not None]
+
+
+def submodule_of(node: torch.fx.Node) -> torch.fx.GraphModule | None:
+    """The graph that a node gives to a higher-order operator; ``None`` if it gives anything else."""
+    found: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, torch.fx.GraphModule) else None
+
+
+def calls_its_graph(target: torch._ops.HigherOrderOperator) -> bool:
+    """Whether a higher-order operator is of those that do no more than call the graph they are given."""
+    return any(base.__name__ == "BaseHOP" for base in type(target).__mro__)
 
 
 def operator_name(target: torch._ops.OpOverload) -> str:

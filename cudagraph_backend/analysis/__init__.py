@@ -21,6 +21,7 @@ from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
 from cudagraph_backend.analysis.outputs import graph_outputs, with_strides
 from cudagraph_backend.analysis.probing import (
     draws_random_numbers,
+    lasting_effect,
     may_draw_random_numbers,
     number_from_floats,
     precision,
@@ -58,11 +59,14 @@ def analyse(
     graph = module.graph
     devices = devices_of(graph)
     device = next(iter(devices), torch.device("cpu"))
-    refusal = known_refusal or capture_refusal(graph, example_inputs, devices) or driver_refusal(device)
+    refusal = (
+        known_refusal or capture_refusal(graph, example_inputs, devices, unsafe_ops(options)) or driver_refusal(device)
+    )
     sizes = size_inputs(example_inputs)
     inputs = tensor_inputs(graph, example_inputs, static, names, options.fill)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
     refusal = refusal or _refused_symbols(inputs, sizes)
+    effect = lasting_effect(graph)
     dims, counts = dynamic_dims(module, sizes, inputs, shapes, options) if refusal is None else ((), ())
     return Region(
         number=number,
@@ -75,7 +79,8 @@ def analyse(
         outputs=graph_outputs(graph),
         shapes=shapes,
         refusal=refusal,
-        has_effects=draws_random_numbers(graph),
+        has_effects=effect is not None or draws_random_numbers(graph),
+        effect=effect,
         may_draw=may_draw_random_numbers(graph),
         source_lines=source_spans(graph),
         takes_extremes=number_from_floats(graph) is None,
@@ -91,15 +96,21 @@ def complete(region: Region, compiled: Any) -> Region:
     mutated = torch_internals.mutated_inputs(compiled)
     inputs = tuple(dataclasses.replace(i, mutated=i.index in mutated) for i in region.inputs)
     outputs = with_strides(region.outputs, torch_internals.output_strides(compiled), region.shapes)
+    communicates = region.effect is not None
     refusal = _refused_by_inductor(region, compiled) or _refused_mutation(inputs)
     return dataclasses.replace(
         region,
         inputs=inputs,
         outputs=outputs,
-        dims=tuple(_with_layout(dim, inputs) if guards_known else _unguarded(dim) for dim in region.dims),
+        dims=tuple(_with_layout(dim, inputs, communicates) if guards_known else _unguarded(dim) for dim in region.dims),
         refusal=refusal,
         has_effects=region.has_effects or bool(mutated),
     )
+
+
+def unsafe_ops(options: Options) -> frozenset[str]:
+    """The names of operators not to be captured: the user's, and those that Inductor's own setting has just now."""
+    return frozenset((*options.uncapturable_ops, *torch_internals.ops_to_partition()))
 
 
 def _symint(example_inputs: Sequence[Any], index: int, dim: int | None) -> torch.SymInt:
@@ -136,10 +147,13 @@ def _unguarded(dim: DynamicDim) -> DynamicDim:
     return dim if dim.refusal is not None else dataclasses.replace(dim, refusal=Refusal(reason))
 
 
-def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput]) -> DynamicDim:
+def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], communicates: bool) -> DynamicDim:
     if dim.refusal is not None:
         return dim
     for tensor in inputs:
+        if communicates and tensor.mutated and tensor.symbols & dim.symbols:
+            refusal = Refusal(f"input {tensor.name} is written in place in a region that communicates")
+            return dataclasses.replace(dim, refusal=refusal)
         if _overlaps_when_padded(tensor, dim):
             refusal = Refusal(f"input {tensor.name} would overlap itself in memory")
             return dataclasses.replace(dim, refusal=refusal)

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.capturable import tensors_of
+from cudagraph_backend.analysis.operators import communicates, has_token, read_by, targets_of, waits, writes_in_place
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
@@ -27,7 +28,7 @@ from cudagraph_backend.torch_internals import (
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default)
+_CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default, prims._make_token.default)
 _SIZES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default)
 # Of a view and a look-up that their schemas don't tell.
 _AS_GOOD_AS_VIEWS = ("aten::_unsafe_view", "prims::inductor_lookup_seed")
@@ -54,10 +55,12 @@ class Flow:
         self.bases: dict[Node, frozenset[Node]] = {}
         self.operators: list[Node] = []
         for node in graph.nodes:
-            self.reads[node] = frozenset().union(*(self.bases[read] for read in node.all_input_nodes))
+            self.reads[node] = frozenset().union(*(self.bases[read] for read in read_by(node)))
             self.needs[node] = [base for base in self.reads[node] if base.op != "placeholder"]
             if node.op in ("placeholder", "output"):
                 self.bases[node] = frozenset([node])
+            elif node.target is prims._sink_tokens.default:
+                self.bases[node] = frozenset()  # no part needs it: each ends with one of its own
             elif self._is_repeated(node):
                 self.bases[node] = self.reads[node]
             else:
@@ -121,7 +124,7 @@ def _levels(flow: Flow, refused: Refusals, first: int) -> Levels:
 
 def _writes_at_the_end(flow: Flow) -> list[Node]:
     """The in-place changes of arguments, with which a graph ends."""
-    is_write = [is_operator(node.target) and operator_schema(node.target).is_mutable for node in flow.operators]
+    is_write = [writes_in_place(node) for node in flow.operators]
     if is_write != sorted(is_write):
         raise CannotSplit("an argument is written before the graph's end")
     return [node for node, writes in zip(flow.operators, is_write, strict=True) if writes]
@@ -136,7 +139,12 @@ def _is_light(node: Node, refused: Refusals) -> bool:
 
 def _keeps_order(node: Node, refused: Refusals) -> bool:
     """Random numbers, effects, and what an operator of the user's might do unseen happen in the order of the graph."""
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or node.is_impure():
+    if waits(node.target):
+        return False  # it belongs to the part of the collective that it waits for
+    targets = list(targets_of(node))
+    if any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets) or node.is_impure():
+        return True
+    if has_token(node) or any(map(communicates, targets)):
         return True
     if node not in refused or node.target is operator.getitem:
         return False

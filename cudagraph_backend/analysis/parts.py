@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from cudagraph_backend.analysis.capturable import op_refusal
 from cudagraph_backend.analysis.inputs import size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
+from cudagraph_backend.analysis.operators import has_token, is_token, read_by
 from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.region import SizeInput
@@ -63,16 +65,18 @@ class Split:
         return any(value in part.reads for part in self.parts)
 
 
-def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.device) -> Split | None:
+def split(
+    module: GraphModule, example_inputs: Sequence[Any], device: torch.device, unsafe: Collection[str] = ()
+) -> Split | None:
     """The parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
 
-    The region's own graph stays as it is.
+    ``unsafe`` names operators not to be captured. The region's own graph stays as it is.
 
     Raises:
         CannotSplit: a part would need what it can't be given.
     """
     flow = Flow(module.graph)
-    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device)) is not None}
+    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device, unsafe)) is not None}
     part_of = parts_of(flow, refused)
     count = 1 + max(part_of.values(), default=-1)
     refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]
@@ -141,7 +145,7 @@ class _Cutter:
         inside = {node for node, part in self._part_of.items() if part == index}
         waiting = list(inside)
         while waiting:
-            for node in waiting.pop().all_input_nodes:
+            for node in read_by(waiting.pop()):
                 if self._flow.is_repeated(node) and node not in inside:
                     inside.add(node)
                     waiting.append(node)
@@ -153,7 +157,7 @@ class _Cutter:
         Inductor's cache knows the sizes of a call from numbers alone, so each is given as one, if a tensor has it too.
         """
         inside = self._inside[index]
-        read = {node for user in inside for node in user.all_input_nodes} - set(inside)
+        read = {node for user in inside for node in read_by(user)} - set(inside)
         reads = [node for node in self._nodes if node in read]
         for node in reads:
             if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)):
@@ -188,12 +192,21 @@ class _Cutter:
             copies[value] = graph.placeholder(str(value.target) if _is_argument(value) else str(value))
             copies[value].meta = self._meta(value)
         for node in self._inside[index]:
+            self._make_token(graph, node, copies)
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        _sink_tokens(graph)
         graph.output(tuple(copies[node] for node in made))
         # What other parts read must have the strides that their graphs were traced with.
         visible = {self._results[i] for i in visible_outputs(self._module.graph)} | self._read
         mark_visible(graph, [i for i, node in enumerate(made) if node in visible])
         return module_of(graph, self._module)
+
+    def _make_token(self, graph: Graph, node: Node, copies: dict[Value, Node]) -> None:
+        """Before the first operator with effects in a part."""
+        for read in node.all_input_nodes:
+            if is_token(read) and read not in copies:
+                copies[read] = graph.call_function(torch.ops.prims._make_token.default)
+                copies[read].meta["val"] = read.meta["val"]
 
     def _examples(self, index: int) -> tuple[Any, ...]:
         return tuple(self._given.get(value, self._meta(value)["val"]) for value in self._reads[index])
@@ -202,6 +215,16 @@ class _Cutter:
         if isinstance(value, sympy.Symbol):
             return {"val": self._size_values[value]}
         return dict(value.meta) if value.op == "placeholder" else {"val": value.meta["val"]}
+
+
+def _sink_tokens(graph: Graph) -> None:
+    """Lets a graph keep its operators with effects, whether their results are read or not."""
+    tokens = []
+    for node in [node for node in graph.nodes if has_token(node)]:
+        tokens.append(graph.call_function(operator.getitem, (node, 0)))
+        tokens[-1].meta["val"] = node.meta["val"][0]
+    if tokens:
+        graph.call_function(torch.ops.prims._sink_tokens.default, (tokens,)).meta["val"] = None
 
 
 def _is_argument(value: Value) -> bool:

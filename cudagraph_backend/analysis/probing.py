@@ -9,9 +9,11 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.capturable import tensors_of
+from cudagraph_backend.analysis.operators import communicates, has_token, nodes_in, targets_in, wrapped
 from cudagraph_backend.analysis.padding.call import leaves
+from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.torch_internals import is_operator, operator_name
+from cudagraph_backend.torch_internals import is_higher_order, is_operator, operator_name, subgraphs_of
 
 _NUMBERS_FROM_FLOATS = (
     "prims::convert_element_type",
@@ -23,25 +25,38 @@ _NUMBERS_FROM_FLOATS = (
 
 
 def draws_random_numbers(graph: Graph) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets_in(graph))
+
+
+def lasting_effect(graph: Graph) -> Refusal | None:
+    """An effect of the graph that nothing can put back, so that it must not be run to try something out."""
+    for node in nodes_in(graph):
+        if has_token(node):
+            return Refusal("the region has effects that can't be put back", str(node.args[1]), source_line(node))
+        for target in (node.target, *wrapped(node)):
+            if communicates(target):
+                return Refusal("the region communicates with other processes", str(target), source_line(node))
+    return None
 
 
 def may_draw_random_numbers(graph: Graph) -> bool:
     """Whether the graph draws random numbers, or has operators of the user's, of which that is not known."""
-    operators = [node.target for node in graph.nodes if is_operator(node.target)]
+    operators = [target for target in targets_in(graph) if is_operator(target)]
     known = all(operator_name(target).startswith(("aten::", "prims::")) for target in operators)
     return not known or draws_random_numbers(graph)
 
 
 def precision(graph: Graph) -> float:
     """The largest machine epsilon among the graph's values, 0 without floats: how far right results may be apart."""
-    dtypes = {tensor.dtype for node in graph.nodes for tensor in tensors_of(node)}
+    dtypes = {tensor.dtype for node in nodes_in(graph) for tensor in tensors_of(node)}
     return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex), default=0.0)
 
 
 def probe_refusal(graph: Graph, unproven: Refusal) -> Refusal | None:
     """Why a dim that is ``unproven`` can't be probed either."""
-    if draws_random_numbers(graph):
+    if (effect := lasting_effect(graph)) is not None:
+        reason = f"{effect.reason} ({effect.op}), which must happen once per call"
+    elif draws_random_numbers(graph):
         reason = "the region draws random numbers, so runs can't be compared"
     elif (node := number_from_floats(graph)) is not None:
         reason = f"integers are made of floats ({node.target}), so extremes might become an index out of range"
@@ -56,9 +71,12 @@ def number_from_floats(graph: Graph) -> Node | None:
     One of them may be an index: out of range it raises on a CPU, and ends the process's CUDA context on a GPU. ATen's
     positions (argmax, sort, …) stay in range whatever they read; of a custom operator nothing is known.
     """
-    for node in graph.nodes:
-        if is_operator(node.target) and any(_is_integer(t) for t in tensors_of(node)):
-            name = operator_name(node.target)
+    for node in nodes_in(graph):
+        if not any(_is_integer(t) for t in tensors_of(node)):
+            continue
+        # What higher-order operators wrap is foreign, too: a kernel of the user's, for one.
+        if is_operator(node.target) or (is_higher_order(node.target) and not subgraphs_of(node)):
+            name = operator_name(node.target) if is_operator(node.target) else ""
             is_foreign = not name.startswith(("aten::", "prims::"))
             if (is_foreign or name.startswith(_NUMBERS_FROM_FLOATS)) and any(map(_is_float, _operands(node))):
                 return node

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from cudagraph_backend.torch_internals import is_operator, operator_schema
+from cudagraph_backend.torch_internals import is_operator, operator_name, operator_schema
 
 from .lattice import FREE, Fact, Filling, Operand, RefusePadding, Results, Rows, blocks_of, common, in_blocks
 from .symbolic import HIDDEN, ROWS, RowDim, Sizes, hide, row_dims, whole
@@ -56,8 +56,8 @@ class Call:
     @property
     def operator(self) -> str:
         """The operator's name without its overload: ``aten::sum``."""
-        assert is_operator(self.node.target)
-        return operator_schema(self.node.target).name
+        target = self.node.target
+        return operator_schema(target).name if is_operator(target) else rule_name(target)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -211,6 +211,11 @@ def rule(*operators: str, sizes: tuple[str, ...] = (), line: LineKey = by_place)
         return function
 
     return register
+
+
+def rule_name(target: Any) -> str:
+    """The full name by which an operator's rule is registered."""
+    return operator_name(target) if is_operator(target) else f"higher_order::{target.name()}"
 
 
 def is_exact(dtype: torch.dtype) -> bool:

@@ -12,13 +12,22 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from cudagraph_backend.analysis.operators import wrapped, writes_in_place
 from cudagraph_backend.analysis.source import first_use, source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill
-from cudagraph_backend.torch_internals import SYMBOLIC, is_operator, operator_name, operator_schema
+from cudagraph_backend.torch_internals import (
+    SYMBOLIC,
+    bound_arguments,
+    expr,
+    is_operator,
+    operator_name,
+    operator_schema,
+    submodule_of,
+)
 
 from . import rules
-from .call import RULES, Call, Mask, RegisteredRule, depends_on_size, leaves
+from .call import RULES, Call, Mask, RegisteredRule, depends_on_size, leaves, rule_name
 from .lattice import Axes, Fact, Operand, RefusePadding, Results, Rows
 from .lines import along, lines_of, together
 from .symbolic import HIDDEN, ROWS, Sizes, row_dims, shape_text
@@ -90,16 +99,21 @@ class _Walk:
     holds: Mapping[str, Fact]
     masks: list[Mask] | None = None
     values: dict[Node, Found] = field(default_factory=dict)
+    given: Mapping[Node, Found] = field(default_factory=dict)
     wrote: bool = False
     node: Node | None = None
 
     def run(self, graph: Graph) -> tuple[Axes, ...]:
         """The rows of the outputs."""
+        return tuple(self._output(item) for item in self._walk(graph))
+
+    def _walk(self, graph: Graph) -> list[Any]:
+        """Find the rows of all nodes; gives the outputs."""
         for node in graph.nodes:
             self.node = node
             if node.op == "output":
-                return tuple(self._output(item) for item in leaves(node.args[0]))
-            self.values[node] = self._value(node)
+                return list(leaves(node.args[0]))
+            self.values[node] = self.given[node] if node in self.given else self._value(node)
         raise ValueError("a graph without output")
 
     def blame(self, refused: RefusePadding) -> Refusal:
@@ -109,7 +123,8 @@ class _Walk:
             return Refusal(refused.reason, source=first_use(node) if node is not None else None)
         if node.target is operator.getitem and isinstance(node.args[0], Node):
             node = node.args[0]
-        return Refusal(refused.reason, str(node.target), source_line(node))
+        operator_of = next((str(target) for target in wrapped(node)), str(node.target))
+        return Refusal(refused.reason, operator_of, source_line(node))
 
     def _output(self, item: object) -> Axes:
         if not isinstance(item, Node) or not _is_tensor(item):
@@ -135,7 +150,7 @@ class _Walk:
             return self._checked(node, self._call(node, node.target))
         if isinstance(node.meta.get("val"), (*SYMBOLIC, int, float, bool)):
             return ()  # arithmetic on sizes; what depends on the padded size is seen where it is used
-        raise RefusePadding("no padding rule for a higher-order operator")
+        return self._checked(node, self._higher_order(node))
 
     def _input(self, node: Node) -> Axes:
         val = node.meta.get("val")
@@ -174,6 +189,46 @@ class _Walk:
             if name not in found.sizes:
                 raise RefusePadding(f"the padded size reaches values through argument {name!r}")
         return self._apply(found, node, arguments, makes_rows=bool(reaching))
+
+    def _higher_order(self, node: Node) -> Found:
+        """What is known of the results of an operator that runs others, or a kernel of the user's."""
+        target: Any = node.target
+        if writes_in_place(node):
+            raise RefusePadding("writes in place")
+        if self.wrote:
+            raise RefusePadding("computes after an input was written in place")
+        roles = count()
+        args, kwargs = (self._argument(argument, roles) for argument in (node.args, node.kwargs))
+        reached = [leaf for leaf in leaves([args, kwargs]) if depends_on_size(leaf) or _has_rows(leaf)]
+        if not reached:
+            return ()
+        if target.name() == "invoke_subgraph":
+            return self._inside(node)
+        if (found := RULES.get(rule_name(target))) is None:
+            raise RefusePadding("no padding rule for what it does")
+        if any(map(depends_on_size, reached)):
+            raise RefusePadding("the padded size reaches values through its arguments")
+        return self._apply(found, node, bound_arguments(node, args, kwargs), makes_rows=False)  # type: ignore[arg-type]
+
+    def _inside(self, node: Node) -> Found:
+        """The rows of what a graph inside this one returns: it is walked with those of its arguments, without masks."""
+        module = submodule_of(node.args[0])  # type: ignore[arg-type]
+        if module is None:
+            raise RefusePadding("no padding rule for what it does")
+        inputs, operands = module.graph.find_nodes(op="placeholder"), node.args[2:]
+        if len(inputs) != len(operands) or not all(map(_is_like, inputs, operands)):
+            raise RefusePadding("it was traced with arguments of other sizes")
+        known = [self.values[one] if isinstance(one, Node) else () for one in operands]
+        inner = _Walk(self.sizes, {}, given=dict(zip(inputs, known, strict=True)))
+        try:
+            found: list[Axes | RefusePadding] = [
+                inner._operand(item).axes if isinstance(item, Node) and _is_tensor(item) else ()
+                for item in inner._walk(module.graph)
+            ]
+        except RefusePadding:
+            self.node = inner.node
+            raise
+        return found
 
     def _taken_back(self, node: Node) -> Found | None:
         """The rows of what was padded behind and is now cut back to what it was, as CUDA's attention aligns masks."""
@@ -227,8 +282,12 @@ class _Walk:
         """An argument with nodes replaced by what is known of them, and symbolic numbers by sympy's."""
         if isinstance(argument, (list, tuple)):
             return [self._argument(item, roles) for item in argument]
+        if isinstance(argument, Mapping):
+            return {key: self._argument(item, roles) for key, item in argument.items()}
         if isinstance(argument, Node):
-            return self._argument_of(argument, next(roles))
+            role = next(roles)
+            is_graph = argument.op == "get_attr" and submodule_of(argument) is not None
+            return argument if is_graph else self._argument_of(argument, role)
         return self._number(argument) if isinstance(argument, SYMBOLIC) else argument
 
     def _argument_of(self, node: Node, role: int) -> object:
@@ -247,6 +306,8 @@ class _Walk:
         val, axes = node.meta.get("val"), self.values[node]
         if isinstance(axes, RefusePadding):
             raise axes
+        if val is None and node.op != "get_attr":
+            raise RefusePadding(f"nothing is known of {node.name}")
         if val is None:  # a constant of the graph
             val = getattr(node.graph.owning_module, node.target)
         return Operand(self.sizes.shape(val), val.dtype, None, axes, node, role)  # type: ignore[arg-type]
@@ -281,6 +342,22 @@ def _rule_for(target: Any) -> RegisteredRule:
     if torch.Tag.pointwise in target.tags:
         return _POINTWISE
     raise RefusePadding("no padding rule for this operator")
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Operand) and bool(leaf.axes)
+
+
+def _is_like(placeholder: Node, operand: Any) -> bool:
+    """Whether what a graph inside was traced with has the sizes of what it is called with."""
+    traced = placeholder.meta.get("val")
+    value = operand.meta.get("val") if isinstance(operand, Node) else operand
+    if isinstance(traced, torch.Tensor):
+        same_dtype = isinstance(value, torch.Tensor) and traced.dtype == value.dtype
+        return same_dtype and [*map(expr, traced.shape)] == [*map(expr, value.shape)]
+    if isinstance(traced, (int, *SYMBOLIC)):
+        return isinstance(value, (int, *SYMBOLIC)) and expr(traced) == expr(value)
+    return True
 
 
 def _is_tensor(node: Node) -> bool:
