@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from cudagraph_backend.analysis.inputs import input_refusals
 from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
@@ -21,19 +22,19 @@ def capture_refusal(graph: Graph, example_inputs: Sequence[Any], devices: set[to
     """Why a region must always run as compiled code, or ``None``."""
     return (
         _refused_device(devices, graph)
-        or input_refusal(graph, example_inputs)
+        or next(iter(input_refusals(graph, example_inputs).values()), None)
         or next((r for node in graph.nodes if (r := _refused_op(node))), None)
     )
 
 
 def devices_of(graph: Graph) -> set[torch.device]:
-    """Every device that a value of the graph lives on."""
-    return {t.device for node in graph.nodes for t in tensors_of(node)}
+    """Every device that a value of the graph lives on; ``meta`` is none."""
+    return {device for node in graph.nodes for device in _places(node)}
 
 
 def main_device(graph: Graph) -> torch.device:
     """The device that graphs are captured on: if there is a GPU, the one with most of the values."""
-    counts = Counter(t.device for node in graph.nodes for t in tensors_of(node))
+    counts = Counter(device for node in graph.nodes for device in _places(node))
     on_gpu = [device for device, _ in counts.most_common() if device.type == "cuda"]
     return next(iter((*on_gpu, *counts)), torch.device("cpu"))
 
@@ -47,9 +48,14 @@ def tensors_of(node: Node) -> Iterator[torch.Tensor]:
     return (v for v in leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
 
 
+def _places(node: Node) -> Iterator[torch.device]:
+    """Where the tensors of a node are. One on the device ``meta`` is nowhere: it has a shape, and no memory."""
+    return (t.device for t in tensors_of(node) if t.device.type != "meta")
+
+
 def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
     if not devices:
-        return Refusal("nothing to capture: the region holds no tensor")
+        return Refusal("nothing to capture: the region holds no tensor that has memory")
     if len(devices) > 1:
         names = " and ".join(sorted(map(str, devices)))
         minority = next((n for n in graph.nodes if any(t.device.type == "cpu" for t in tensors_of(n))), None)
@@ -64,22 +70,8 @@ def device_refusal(device: torch.device) -> Refusal | None:
     return None if device.type in _CAPTURABLE_DEVICES else Refusal(f"no graph driver for device {device}")
 
 
-def input_refusal(graph: Graph, example_inputs: Sequence[Any]) -> Refusal | None:
-    """Why a graph can't be captured with these arguments, whatever it computes, or ``None``."""
-    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-            continue
-        if not isinstance(value, torch.Tensor):
-            return Refusal(f"input {node.target} is a {type(value).__name__}, neither a tensor nor a size")
-        if value.layout != torch.strided:
-            return Refusal(f"input {node.target} has layout {value.layout}, not torch.strided")
-        if value.is_conj() or value.is_neg():
-            return Refusal(f"input {node.target} is a lazy conjugate or negative view")
-    return None
-
-
 def _refused_place(node: Node, device: torch.device) -> Refusal | None:
-    others = {t.device for value in (node, *node.all_input_nodes) for t in tensors_of(value)} - {device}
+    others = {place for value in (node, *node.all_input_nodes) for place in _places(value)} - {device}
     names = " and ".join(sorted(map(str, {device, *others})))
     return _refuse(node, f"the region mixes devices: {names}") if others else None
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from cudagraph_backend.analysis.capturable import op_refusal
-from cudagraph_backend.analysis.inputs import size_inputs
+from cudagraph_backend.analysis.inputs import input_refusals, size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.errors import Refusal
@@ -72,13 +72,20 @@ def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.devi
         CannotSplit: a part would need what it can't be given.
     """
     flow = Flow(module.graph)
-    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device)) is not None}
+    inputs = input_refusals(module.graph, example_inputs)
+    refusals_of = ((node, op_refusal(node, device) or _refused_read(flow, node, inputs)) for node in flow.operators)
+    refused = {node: refusal for node, refusal in refusals_of if refusal is not None}
     part_of = parts_of(flow, refused)
     count = 1 + max(part_of.values(), default=-1)
     refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]
     if all(refusals) or not any(refusals):
         return None
     return _Cutter(module, example_inputs, flow, part_of, refusals).split()
+
+
+def _refused_read(flow: Flow, node: Node, inputs: Mapping[Node, Refusal]) -> Refusal | None:
+    """Why an operator can't be captured for what it reads, through views or not."""
+    return next((inputs[read] for read in flow.reads[node] if read in inputs), None)
 
 
 class _Cutter:
@@ -156,7 +163,7 @@ class _Cutter:
         read = {node for user in inside for node in user.all_input_nodes} - set(inside)
         reads = [node for node in self._nodes if node in read]
         for node in reads:
-            if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)):
+            if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)) and node.op != "placeholder":
                 raise CannotSplit(f"{node} is neither a tensor nor a size")
         made = {symbol for node in inside for symbol in _symbols_made(node)}
         numbers = {expr(node.meta["val"]) for node in reads if isinstance(node.meta["val"], SYMBOLIC)}

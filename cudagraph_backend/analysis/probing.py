@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from cudagraph_backend.analysis.capturable import tensors_of
 from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.torch_internals import is_operator, operator_name
+from cudagraph_backend.torch_internals import is_generator, is_operator, operator_name
 
 _NUMBERS_FROM_FLOATS = (
     "prims::convert_element_type",
@@ -23,7 +23,9 @@ _NUMBERS_FROM_FLOATS = (
 
 
 def draws_random_numbers(graph: Graph) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes) or any(
+        is_generator(n.meta.get("val")) and n.users for n in graph.find_nodes(op="placeholder")
+    )
 
 
 def may_draw_random_numbers(graph: Graph) -> bool:

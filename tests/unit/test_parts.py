@@ -302,6 +302,66 @@ def split_of(module: GraphModule) -> Sequence[Part]:
     return made.parts
 
 
+def with_object(value: Any, unused: Any = None) -> tuple[GraphModule, list[Any]]:
+    """A graph of ten operators, the sixth of which reads an object."""
+    graph, values = Graph(), [torch.empty(3), value, unused]
+    inputs = [graph.placeholder(name) for name in ("x", "group", "unused")]
+    for node, given in zip(inputs, values, strict=True):
+        node.meta["val"] = given
+    node = inputs[0]
+    for number in range(10):
+        node = graph.call_function(aten.sin.default, (node, *([inputs[1]] if number == 5 else [])))
+        node.meta["val"] = torch.empty(3)
+    graph.output((node, inputs[1], inputs[2]))
+    return GraphModule({}, graph), values
+
+
+def test_an_object_that_no_graph_can_read_is_read_in_a_part_of_its_own():
+    module, values = with_object("text", 2.5)
+    made = split(module, values, CPU)
+    assert made is not None
+    first, reads_it, second = made.parts
+    assert [len(operators(p)) for p in (first, reads_it, second)] == [5, 1, 4]
+    assert reads_it.refusal is not None
+    assert reads_it.refusal.reason == "input group is a str, neither a tensor nor a size"
+    assert (inputs(first), inputs(reads_it)) == (["x"], ["group", "sin_default_4"])
+    assert reads_it.examples[0] == "text"
+    assert made.results[1:] == (1, 2)
+
+
+def test_an_operator_cut_out_gets_the_objects_that_it_reads():
+    """Process groups and generators can be read by a captured part and by another one."""
+    module, values = with_object(torch.distributed.ProcessGroup(0, 1))
+    assert split(module, values, CPU) is None
+    seventh = [node for node in module.graph.nodes if node.op == "call_function"][6]
+    seventh.target = torch.ops.parts_unit.wave.default
+    made = split(module, values, CPU)
+    assert made is not None
+    first, _, _ = made.parts
+    assert first.refusal is None
+    assert inputs(first) == ["x", "group"]
+    assert first.examples[1] is values[1]
+
+
+def test_a_view_of_what_no_graph_can_read_is_read_where_that_is():
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.randn(3, dtype=torch.complex64).conj()
+    view = graph.call_function(aten.view.default, (x, [3, 1]))
+    view.meta["val"] = x.meta["val"].view(3, 1)
+    sin = graph.call_function(aten.abs.default, (view,))
+    sin.meta["val"] = torch.empty(3, 1)
+    node = sin
+    for _ in range(2):
+        node = graph.call_function(aten.sin.default, (node,))
+        node.meta["val"] = torch.empty(3, 1)
+    graph.output((node,))
+    made = split(GraphModule({}, graph), [x.meta["val"]], CPU)
+    assert made is not None
+    assert [operators(p) for p in made.parts] == [["view", "abs"], ["sin", "sin"]]
+    assert [p.refusal is None for p in made.parts] == [False, True]
+
+
 def test_moving_moves_arguments_of_a_call():
     call = moving(lambda args: [a.device.type for a in args], frozenset([1]), torch.device("meta"))
     assert call([torch.ones(2), torch.ones(()), torch.ones(())]) == ["cpu", "meta", "cpu"]
