@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -73,14 +73,15 @@ def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.devi
     """
     flow = Flow(module.graph)
     inputs = input_refusals(module.graph, example_inputs)
-    refusals_of = ((node, op_refusal(node, device) or _refused_read(flow, node, inputs)) for node in flow.operators)
-    refused = {node: refusal for node, refusal in refusals_of if refusal is not None}
+    judged = ((node, op_refusal(node, device) or _refused_read(flow, node, inputs)) for node in module.graph.nodes)
+    unfit = {node: refusal for node, refusal in judged if refusal is not None}
+    refused = {node: unfit[node] for node in flow.operators if node in unfit}
     part_of = parts_of(flow, refused)
     count = 1 + max(part_of.values(), default=-1)
     refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]
     if all(refusals) or not any(refusals):
         return None
-    return _Cutter(module, example_inputs, flow, part_of, refusals).split()
+    return _Cutter(module, example_inputs, flow, part_of, refusals, unfit).split()
 
 
 def _refused_read(flow: Flow, node: Node, inputs: Mapping[Node, Refusal]) -> Refusal | None:
@@ -98,8 +99,10 @@ class _Cutter:
         flow: Flow,
         part_of: Mapping[Node, int],
         refusals: Sequence[Refusal | None],
+        unfit: Collection[Node],
     ):
         self._module = module
+        self._unfit = unfit
         self._flow = flow
         self._refusals = refusals
         self._nodes = [node for node in module.graph.nodes if node.op != "output"]
@@ -132,11 +135,16 @@ class _Cutter:
         return Split(tuple(parts), self._sizes, tuple(constants), results)
 
     def _repeated_results(self, part_of: Mapping[Node, int]) -> Iterator[tuple[Node, int]]:
-        """A view or size that the region returns is computed in one part: where what it reads is made, or the last."""
+        """A view or size that the region returns is computed in one part: where what it reads is made, or the last.
+
+        No graph can have a view of what only the CPU can read, for one.
+        """
         last = len(self._refusals) - 1
+        last_uncaptured = max(index for index, refusal in enumerate(self._refusals) if refusal is not None)
         for node in self._returned:
             if self._flow.is_repeated(node):
-                yield node, max((part_of[needed] for needed in self._flow.needs[node]), default=last)
+                otherwise = last_uncaptured if node in self._unfit else last
+                yield node, max((part_of[needed] for needed in self._flow.needs[node]), default=otherwise)
 
     def _gives_symbol(self, node: Node) -> bool:
         value = node.meta.get("val")
