@@ -481,6 +481,15 @@ def generator_state_apart(device: torch.device) -> Iterator[None]:
         generator.graphsafe_set_state(state)
 
 
+def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
+    """Let a graph that will be captured draw from a generator, other numbers at every replay.
+
+    A torch that lacks this finds the generators of a capture by itself.
+    """
+    if hasattr(graph, "register_generator_state"):
+        graph.register_generator_state(generator)
+
+
 def raw_stream(device_index: int) -> int:
     """The device's current stream as the driver's handle."""
     return torch._C._cuda_getCurrentRawStream(device_index)
