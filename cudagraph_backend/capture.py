@@ -28,7 +28,7 @@ from cudagraph_backend.plan import Bucket, Plan
 from cudagraph_backend.region import TensorOutput, evaluate, evaluate_all
 from cudagraph_backend.staging import Reading, stage
 from cudagraph_backend.strides import extent
-from cudagraph_backend.torch_internals import Compiled
+from cudagraph_backend.torch_internals import Compiled, is_generator
 from cudagraph_backend.tree import Place, Route, bucket_inputs, no_memory
 
 
@@ -112,7 +112,10 @@ def record(table: Table, bucket: Bucket, results: list[Any], inputs: Sequence[An
         with allocations.run(memory):
             bucket.copied = copy_out(layout, run(list(inputs)), storages)
 
-    return table.device.driver.capture(run_into_pool, draws=table.region.may_draw, stages=bool(table.region.staged))
+    generators = [inputs[i] for i in table.region.objects if is_generator(inputs[i])]
+    return table.device.driver.capture(
+        run_into_pool, draws=table.region.may_draw, stages=bool(table.region.staged), generators=generators
+    )
 
 
 def _memory_of_buffers(

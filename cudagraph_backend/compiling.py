@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -12,13 +13,13 @@ import torch
 from torch.fx import GraphModule
 
 from cudagraph_backend import torch_internals
-from cudagraph_backend.analysis import analyse, complete, unsafe_ops
-from cudagraph_backend.analysis.capturable import device_refusal, input_refusal, main_device
+from cudagraph_backend.analysis import analyse, complete, unknown_region, unsafe_ops
+from cudagraph_backend.analysis.capturable import device_refusal, main_device
 from cudagraph_backend.analysis.levels import CannotSplit
 from cudagraph_backend.analysis.parts import Part, Split, split
 from cudagraph_backend.analysis.scalars import move_scalars, moving
 from cudagraph_backend.devices import driver_refusal
-from cudagraph_backend.errors import OptionError, Refusal, RefusalError
+from cudagraph_backend.errors import OptionError, Refusal, RefusalError, SharedGraphError
 from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options
 from cudagraph_backend.parts import Composition
@@ -26,6 +27,8 @@ from cudagraph_backend.region import Kind, Region
 from cudagraph_backend.torch_internals import Compiled
 
 log = logging.getLogger("cudagraph_backend")
+
+UNEXPECTED = "an unexpected error, please report it"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +54,31 @@ class RegionCompile:
     refusal: Refusal | None = None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        """The call of the region, in place of what Inductor's compile function returns."""
+        """The call of the region, in place of what Inductor's compile function returns.
+
+        Whatever goes wrong, other than an error raised on purpose, the region is compiled as Inductor alone does.
+        """
+        graph = copy.deepcopy(gm.graph)  # all that follows changes it
+        try:
+            return self._compile_to_capture(gm, example_inputs)
+        except SharedGraphError:
+            raise
+        except Exception as error:
+            return self._compile_alone(torch_internals.module_of(graph, gm), example_inputs, error)
+
+    def _compile_alone(self, gm: GraphModule, example_inputs: Sequence[Any], error: Exception) -> Any:
+        region = unknown_region(gm, self.number, self.kind, Refusal(f"{UNEXPECTED}: {type(error).__name__}: {error}"))
+        torch_internals.forget_output_strides()
+        compiled = torch_internals.compile_region(gm, example_inputs, **self.inductor)  # an error here is none of ours
+        if not torch_internals.is_compiled_graph(compiled):
+            return compiled
+        if self.options.strict:
+            raise RefusalError(f"{region.name} can't be captured: {region.refusal}") from error
+        log.debug("%s: %s", region.name, region.refusal, exc_info=error)
+        return torch_internals.boxed(self.replayer(region, compiled))
+
+    def _compile_to_capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        torch_internals.trace_missing_values(gm.graph)
         device = main_device(gm.graph)
         moved = move_scalars(gm.graph, device) if self._refused_device(device) is None else frozenset()
         if not moved:
@@ -93,7 +120,7 @@ class RegionCompile:
     def _in_parts(self, gm: GraphModule, example_inputs: Sequence[Any], region: Region) -> Composition | None:
         """The call, in parts, of a region that can't be captured as a whole; ``None`` where that isn't possible."""
         device = main_device(gm.graph)
-        if input_refusal(gm.graph, example_inputs) or self._refused_device(device):
+        if self._refused_device(device):
             return None
         try:
             torch_internals.retrace_strides(gm, example_inputs)
@@ -101,11 +128,12 @@ class RegionCompile:
             return None if cut is None else self._compile_parts(cut)
         except OptionError:
             raise
+        except CannotSplit as error:
+            log.info("%s is not captured in parts: %s", region.name, error)
         except Exception as error:  # whatever it is, the region as a whole is still there
-            level = logging.INFO if isinstance(error, CannotSplit) else logging.WARNING
-            log.log(level, "%s is not captured in parts: %s", region.name, error)
+            log.warning("%s is not captured in parts: %s: %s", region.name, UNEXPECTED, error)
             log.debug("where that was found", exc_info=True)
-            return None
+        return None
 
     def _compile_parts(self, cut: Split) -> Composition:
         # All are analysed before any is compiled: Inductor bounds sizes, which is no promise of the user's.

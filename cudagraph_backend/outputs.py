@@ -15,7 +15,7 @@ import torch
 
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.output_pool import Loan, OutputPool, OutputRange, RangeStorage, Step
-from cudagraph_backend.region import Region, TensorOutput, Values, evaluate, evaluate_all
+from cudagraph_backend.region import ArgumentOutput, Region, TensorOutput, Values, evaluate, evaluate_all
 from cudagraph_backend.strides import extent, reaching_once, same_places
 from cudagraph_backend.torch_internals import outside_inference_mode
 
@@ -85,11 +85,21 @@ class Returned:
     index: int
     view: StorageView | None
 
-    def of(self, argument: torch.Tensor) -> torch.Tensor:
+    def of(self, argument: Any) -> Any:
         if self.view is None:
             return argument
         start = argument.storage_offset() * argument.element_size() // self.view.dtype.itemsize
         return replace(self.view, offset=start + self.view.offset).on(argument.untyped_storage())
+
+
+@dataclass(frozen=True, slots=True)
+class OnMeta:
+    """An output on the device ``meta``, which has a shape and no memory: made anew at every call."""
+
+    view: StorageView
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty_strided(self.view.size, self.view.stride, dtype=self.view.dtype, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +116,9 @@ class Number:
     value: int | None
 
 
-Entry = Pooled | Compacted | Returned | Same | Number
+Entry = Pooled | Compacted | Returned | OnMeta | Same | Number
+
+_VIEWS = (Pooled, Returned, OnMeta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +145,9 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
     seen: dict[int, int] = {}
     entries: list[Entry] = []
     for index, (output, known) in enumerate(zip(outputs, region.outputs, strict=True)):
+        if isinstance(known, ArgumentOutput):
+            entries.append(Returned(known.argument, None))
+            continue
         if not isinstance(output, torch.Tensor):
             entries.append(Number(output))
             continue
@@ -142,6 +157,8 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
             entries.append(Returned(returned[id(output)], None))
         elif id(output) in seen:
             entries.append(Same(seen[id(output)]))
+        elif output.device.type == "meta":
+            entries.append(OnMeta(_view_of(output)))
         elif (view := _view_of_static(output, static)) is not None:
             entries.append(view)
         else:
@@ -178,7 +195,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
     """The layout of a call's real rows inside a bucket's: same places, the sizes and strides of the call."""
     entries: list[Entry] = []
     for entry, known in zip(bucket.entries, region.outputs, strict=True):
-        if isinstance(known, TensorOutput) and isinstance(entry, (Pooled, Returned)) and entry.view is not None:
+        if isinstance(known, TensorOutput) and isinstance(entry, _VIEWS) and entry.view is not None:
             size = evaluate_all(known.size, values)
             stride = None if known.stride is None else evaluate_all(known.stride, values)
             entries.append(_real_rows(entry, entry.view, size, stride))
@@ -190,7 +207,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
 
 
 def _real_rows(
-    entry: Pooled | Returned, bucket: StorageView, size: tuple[int, ...], stride: tuple[int, ...] | None
+    entry: Pooled | Returned | OnMeta, bucket: StorageView, size: tuple[int, ...], stride: tuple[int, ...] | None
 ) -> Entry:
     """Of an output at a bucket's sizes, the first ``size`` entries, where they are or else as a compact copy."""
     stay = size == bucket.size if stride is None else same_places(size, stride, bucket.stride)
@@ -290,6 +307,8 @@ def make_outputs(
             outputs.append(entry.copied(storages[entry.range].storage))
         elif isinstance(entry, Returned):
             outputs.append(entry.of(args[entry.index]))
+        elif isinstance(entry, OnMeta):
+            outputs.append(entry.tensor())
         elif isinstance(entry, Same):
             outputs.append(outputs[entry.index])
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
@@ -121,15 +121,27 @@ class TensorOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ArgumentOutput:
+    """An argument that is neither a tensor nor a number (a process group, the lengths of a jagged dim), handed back."""
+
+    argument: int
+
+
+Output: TypeAlias = "TensorOutput | ArgumentOutput | sympy.Expr | None"
+"""What a region returns: a tensor, an argument, a size, or ``None``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """One graph handed over by AOTAutograd and compiled by Inductor.
 
-    ``outputs`` holds a ``TensorOutput``, a size expression, or ``None`` per output. ``refusal`` is why the region
-    can't be captured at all. ``has_effects``: running it twice is not the same as running it once. ``effect``: one
-    that can't be put back, as communication with other processes, so that no trial run is made. ``may_draw``: it
-    draws random numbers, or has operators of which that is not known. ``takes_extremes``:
-    NaN and large floats can't become an index. ``precision``: the largest machine epsilon among its values. ``part``:
-    which part of what AOTAutograd handed over it is, and of how many, if it is not all of it.
+    ``objects`` are the indices of arguments that are neither tensors nor sizes and that operators read (generators of
+    random numbers, process groups): a graph is good for the objects that it was captured with. ``refusal`` is why
+    the region can't be captured at all. ``has_effects``: running it twice is not the same as running it once.
+    ``effect``: one that can't be put back, as communication with other processes, so that no trial run is made.
+    ``may_draw``: it draws random numbers, or has operators of which that is not known. ``takes_extremes``: NaN and
+    large floats can't become an index. ``precision``: the largest machine epsilon among its values. ``part``: which
+    part of what AOTAutograd handed over it is, and of how many, if it is not all of it.
     """
 
     number: int
@@ -139,7 +151,7 @@ class Region:
     sizes: tuple[SizeInput, ...]
     dims: tuple[DynamicDim, ...]
     counts: tuple[CountInput, ...]
-    outputs: tuple[TensorOutput | sympy.Expr | None, ...]
+    outputs: tuple[Output, ...]
     shapes: Shapes
     refusal: Refusal | None
     has_effects: bool
@@ -149,6 +161,7 @@ class Region:
     takes_extremes: bool = True
     precision: float = torch.finfo(torch.float32).eps
     part: tuple[int, int] | None = None
+    objects: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

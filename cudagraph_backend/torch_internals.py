@@ -30,9 +30,14 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor_prop
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
+from torch._library.fake_class_registry import FakeScriptObject
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef  # expired() tells whether it is dead
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.numbers import int_oo
+
+# Registered objects came with torch 2.11.
+_is_constant_type = getattr(getattr(torch._library, "opaque_object", None), "is_opaque_value_type", None)
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 InnerCompile = Callable[..., Callable[..., Any]]
@@ -242,6 +247,13 @@ def report_output_strides(strides: Sequence[Any]) -> None:
         context.output_strides.extend(strides)
 
 
+def forget_output_strides() -> None:
+    """Before a region is compiled again: what was reported of its outputs' strides."""
+    context = TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        context.output_strides.clear()
+
+
 def visible_outputs(graph: torch.fx.Graph) -> Sequence[int]:
     """Indices of the outputs whose strides Inductor must keep."""
     return graph.output_node().meta.get("user_visible_output_idxs", ())
@@ -283,6 +295,7 @@ class Shapes:
     def __init__(self, symints: Sequence[torch.SymInt]):
         self._env = symints[0].node.shape_env if symints else None
         self._symints = list(symints)
+        self._symbols = _by_name(symints)  # what Inductor compiles may replace one by another
         self._guards: str | None = None
 
     def freeze_guards(self) -> bool:
@@ -302,8 +315,12 @@ class Shapes:
         return True
 
     def upper_bound(self, symbol: sympy.Symbol) -> int | None:
-        """Largest size of ``symbol``; ``None`` if it has no bound."""
-        upper = self._env.var_to_range[symbol].upper  # type: ignore[union-attr]
+        """Largest size of ``symbol``; ``None`` if it has no bound.
+
+        The lengths of a jagged dim are one symbol, which stands for no number and has no range.
+        """
+        known = self._env.var_to_range.get(symbol)  # type: ignore[union-attr]
+        upper = None if known is None else known.upper
         return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
 
     def admits(self, sizes: Sequence[int]) -> bool:
@@ -314,10 +331,12 @@ class Shapes:
 
     def parse(self, expression: str) -> sympy.Expr:
         """The expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
-        if self._env is None:
-            return sympy.sympify(int(expression))
-        value = self._env.deserialize_symexpr(expression)
-        return expr(value)
+        # Not the environment's own deserialize_symexpr, which can't tell the number of a jagged dim's lengths.
+        return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
+
+
+def _by_name(symints: Sequence[torch.SymInt]) -> dict[str, torch.SymInt]:
+    return {str(expr(symint)): symint for symint in symints}
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> Any:
@@ -325,6 +344,48 @@ def fake_mode_of(graph: torch.fx.Graph) -> Any:
     return detect_fake_mode(
         [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     )
+
+
+def is_jagged_size(value: Any) -> bool:
+    """Whether an int argument stands for the lengths of a jagged dim: it names them, and is no number."""
+    # What it was made for is a number where it is one, and another such name where it is not.
+    return isinstance(value, torch.SymInt) and isinstance(value.node.hint, torch.SymInt)
+
+
+def is_generator(value: Any) -> bool:
+    """Whether an argument is a ``torch.Generator``, or stands for one while a region is compiled."""
+    return isinstance(_real_object(value), torch.Generator)
+
+
+def never_changes(value: Any) -> bool:
+    """Whether an argument is an object whose state stays as it is: a process group or mesh, or a registered constant.
+
+    What other registered objects hold may be another thing at every call.
+    """
+    real = _real_object(value)
+    kinds = [getattr(torch.distributed, name, None) for name in ("ProcessGroup", "DeviceMesh")]
+    if any(isinstance(kind, type) and isinstance(real, kind) for kind in kinds):
+        return True
+    return _is_constant_type is not None and _is_constant_type(type(real))
+
+
+def kind_of(value: Any) -> str:
+    """The name of an argument's class."""
+    return type(_real_object(value)).__name__
+
+
+def _real_object(value: Any) -> Any:
+    return value.real_obj if isinstance(value, FakeScriptObject) else value
+
+
+def trace_missing_values(graph: torch.fx.Graph) -> None:
+    """Give operators that have no traced value one: Inductor's passes put some in without (for tensors on ``meta``)."""
+    mode = fake_mode_of(graph)
+    for node in graph.nodes:
+        if is_operator(node.target) and "val" not in node.meta and mode is not None:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
+            with mode:
+                node.meta["val"] = node.target(*args, **kwargs)
 
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -536,6 +597,15 @@ def generator_state_apart(device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.graphsafe_set_state(state)
+
+
+def register_generator(graph: torch.cuda.CUDAGraph, generator: torch.Generator) -> None:
+    """Let a graph that will be captured draw from a generator, other numbers at every replay.
+
+    A torch that lacks this finds the generators of a capture by itself.
+    """
+    if hasattr(graph, "register_generator_state"):
+        graph.register_generator_state(generator)
 
 
 def raw_stream(device_index: int) -> int:

@@ -79,8 +79,8 @@ class Place:
 
     ``static_addresses`` has the address of each static argument (``None`` for any other), ``inputs`` the bytes that
     graphs read, per staged input, and ``staging`` those among them to which an argument may be copied. ``copied`` are
-    the indices of the ranges that are lent to nobody: a call gets a copy of what is written there. ``used`` is the
-    number of the region's call that used the place last.
+    the indices of the ranges that are lent to nobody: a call gets a copy of what is written there. ``objects`` are the
+    arguments at ``Region.objects``. ``used`` is the number of the region's call that used the place last.
     """
 
     static_addresses: list[int | None]
@@ -90,6 +90,7 @@ class Place:
     graphs: dict[Sizes, Graph] = field(default_factory=dict)
     copied: dict[int, Copies] = field(default_factory=dict)
     used: int = 0
+    objects: tuple[Any, ...] = ()
 
     def accepts(self, readings: Sequence[Reading], where: Where) -> bool:
         """Whether arguments found there are read here, and others can be copied to where they are read."""
@@ -166,6 +167,7 @@ class Tree:
         self.found: dict[tuple[Sizes, int], Counter[int]] = {}
         self._region = region
         self._static = region.static
+        self._objects = region.objects
         self._pool = pool
         self._options = options
         self._routes: dict[tuple[Sizes, Sizes, Where], list[Route]] = {}
@@ -188,16 +190,18 @@ class Tree:
         sizes = plan.bucket.sizes
         for route in self._routes.get((plan.sizes, sizes, where), ()):
             place = route.place
-            if (
-                sizes in place.graphs
-                and addresses_equal(args, place.static_addresses, self._static)
-                and self._pool.is_free(route.writes)
-            ):
+            if sizes in place.graphs and self._is_called_at(place, args) and self._pool.is_free(route.writes):
                 self._calls += 1
                 place.used = self._calls
                 self._unused[sizes] = 0
                 return route
         return None
+
+    def _is_called_at(self, place: Place, args: list[Any]) -> bool:
+        """Whether a call has a place's static inputs and objects."""
+        return addresses_equal(args, place.static_addresses, self._static) and (
+            not self._objects or all(args[i] is o for i, o in zip(self._objects, place.objects, strict=True))
+        )
 
     # ---- the way to a route
 
@@ -336,11 +340,11 @@ class Tree:
             self._route_to(place, plan, where, args)
             for place in self.places
             if place not in known
-            and addresses_equal(args, place.static_addresses, self._static)
+            and self._is_called_at(place, args)
             and place.accepts(plan.readings, where)
             and (layout is None or place.holds(layout.range_nbytes))
         ]
-        fitting = [r for r in routes if addresses_equal(args, r.place.static_addresses, self._static)]
+        fitting = [r for r in routes if self._is_called_at(r.place, args)]
         return sorted(fitting, key=lambda r: (plan.bucket.sizes not in r.place.graphs, bool(r.place.copied)))
 
     def _route_to(self, place: Place, plan: Plan, where: Where, args: Sequence[Any]) -> Route:
@@ -392,7 +396,7 @@ class Tree:
         staging = frozenset(span for span in apart if span[0] >= 0 and span[1] <= self._pool.nbytes)
         static = set(self._static)
         addresses = [arg.data_ptr() if i in static else None for i, arg in enumerate(args)]
-        return Place(addresses, inputs, staging)
+        return Place(addresses, inputs, staging, objects=tuple(args[i] for i in self._objects))
 
     def refused_capture(self, plan: Plan, where: Where, place: Place) -> Refusal | None:
         """Why no graph is captured for a call, though there is none for it.
@@ -408,7 +412,7 @@ class Tree:
             return _ADDRESSES_MOVE
         if self._unused.get(plan.bucket.sizes, 0) < _UNUSED_CAPTURES:
             return None
-        addresses = (where, tuple(place.static_addresses))
+        addresses = (where, (*place.static_addresses, *map(id, place.objects)))
         if addresses in self._put_off:
             return None
         if len(self._put_off) >= _PLACES:
@@ -444,7 +448,7 @@ class Tree:
                 outputs = self._ranges(place, provided)
             except torch.OutOfMemoryError:
                 outputs = self._ranges(place, range_nbytes)
-            place = Place(place.static_addresses, place.inputs, place.staging, outputs, copied=place.copied)
+            place = replace(place, outputs=outputs, graphs={})
             route = replace(route, place=place, writes=self._writes(outputs, route.copies))
         return route
 

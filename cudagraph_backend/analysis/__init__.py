@@ -15,9 +15,9 @@ import torch
 from torch.fx import GraphModule
 
 from cudagraph_backend import torch_internals
-from cudagraph_backend.analysis.capturable import capture_refusal, devices_of
+from cudagraph_backend.analysis.capturable import capture_refusal, devices_of, main_device
 from cudagraph_backend.analysis.dims import dynamic_dims
-from cudagraph_backend.analysis.inputs import size_inputs, tensor_inputs
+from cudagraph_backend.analysis.inputs import object_inputs, size_inputs, tensor_inputs
 from cudagraph_backend.analysis.outputs import graph_outputs, with_strides
 from cudagraph_backend.analysis.probing import (
     draws_random_numbers,
@@ -64,6 +64,7 @@ def analyse(
     )
     sizes = size_inputs(example_inputs)
     inputs = tensor_inputs(graph, example_inputs, static, names, options.fill)
+    objects = object_inputs(graph, example_inputs)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
     refusal = refusal or _refused_symbols(inputs, sizes)
     effect = lasting_effect(graph)
@@ -85,6 +86,25 @@ def analyse(
         source_lines=source_spans(graph),
         takes_extremes=number_from_floats(graph) is None,
         precision=precision(graph),
+        objects=objects,
+    )
+
+
+def unknown_region(module: GraphModule, number: int, kind: Kind, refusal: Refusal) -> Region:
+    """The record of a region of which nothing is known but why it runs uncaptured."""
+    return Region(
+        number=number,
+        kind=kind,
+        device=main_device(module.graph),
+        inputs=(),
+        sizes=(),
+        dims=(),
+        counts=(),
+        outputs=(None,) * len(module.graph.output_node().args[0]),
+        shapes=torch_internals.Shapes([]),
+        refusal=refusal,
+        has_effects=True,
+        source_lines=source_spans(module.graph),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from cudagraph_backend.analysis.inputs import input_refusals
 from cudagraph_backend.analysis.operators import (
     communicates,
     has_token,
@@ -87,19 +88,19 @@ def capture_refusal(
     """Why a region must always run as compiled code, or ``None``; ``unsafe`` names operators not to be captured."""
     return (
         _refused_device(devices, graph)
-        or input_refusal(graph, example_inputs)
+        or next(iter(input_refusals(graph, example_inputs).values()), None)
         or next((r for node in graph.nodes if (r := _refused_op(node, unsafe))), None)
     )
 
 
 def devices_of(graph: Graph) -> set[torch.device]:
-    """Every device that a value of the graph lives on."""
+    """Every device that a value of the graph lives on; ``meta`` is none."""
     return {device for node in graph.nodes for device in _devices(node)}
 
 
 def main_device(graph: Graph) -> torch.device:
     """The device that graphs are captured on: if there is a GPU, the one with most of the values."""
-    counts = Counter(t.device for node in graph.nodes for t in tensors_of(node))
+    counts = Counter(device for node in graph.nodes for device in _devices(node))
     on_gpu = [device for device, _ in counts.most_common() if device.type == "cuda"]
     return next(iter((*on_gpu, *counts)), torch.device("cpu"))
 
@@ -119,14 +120,14 @@ def tensors_of(node: Node) -> Iterator[torch.Tensor]:
 
 
 def _devices(node: Node) -> set[torch.device]:
-    """Those of what a node gives, and of all that is computed inside it."""
+    """Those of what a node gives, and of all that is computed inside it; ``meta`` holds shapes, and no memory."""
     inside = nodes_inside(node) if is_higher_order(node.target) and node.target.name() not in _INLINED else ()
-    return {t.device for t in tensors_of(node)}.union(*map(_devices, inside))
+    return {t.device for t in tensors_of(node) if t.device.type != "meta"}.union(*map(_devices, inside))
 
 
 def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
     if not devices:
-        return Refusal("nothing to capture: the region holds no tensor")
+        return Refusal("nothing to capture: the region holds no tensor that has memory")
     if len(devices) > 1:
         names = " and ".join(sorted(map(str, devices)))
         minority = next((n for n in graph.nodes if any(device.type == "cpu" for device in _devices(n))), None)
@@ -139,20 +140,6 @@ def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
 
 def device_refusal(device: torch.device) -> Refusal | None:
     return None if device.type in _CAPTURABLE_DEVICES else Refusal(f"no graph driver for device {device}")
-
-
-def input_refusal(graph: Graph, example_inputs: Sequence[Any]) -> Refusal | None:
-    """Why a graph can't be captured with these arguments, whatever it computes, or ``None``."""
-    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-            continue
-        if not isinstance(value, torch.Tensor):
-            return Refusal(f"input {node.target} is a {type(value).__name__}, neither a tensor nor a size")
-        if value.layout != torch.strided:
-            return Refusal(f"input {node.target} has layout {value.layout}, not torch.strided")
-        if value.is_conj() or value.is_neg():
-            return Refusal(f"input {node.target} is a lazy conjugate or negative view")
-    return None
 
 
 def _refused_place(node: Node, device: torch.device) -> Refusal | None:

@@ -131,6 +131,8 @@ def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
     """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
     if (refusal := _refused_stride(tensor, symbols)) is not None:
         return refusal
+    if tensor.role == "static" and tensor.symbols & symbols:
+        return Refusal(f"input {tensor.name} is on the device meta, and has no rows to add to")
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
         if size.free_symbols & symbols and not _is_multiple(size, symbols):
             return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")

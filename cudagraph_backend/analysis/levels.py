@@ -184,10 +184,11 @@ def _place_writes(flow: Flow, writes: Sequence[Node], refused: Refusals, levels:
 def _numbered(levels: Levels, refused: Refusals) -> dict[Node, int]:
     """Each operator's part: adjacent levels of one kind are one part; a level of light operators joins the next one.
 
-    One operator alone is not worth a graph: to stage, replay and copy takes longer than to run it.
+    One operator alone is not worth a graph next to others: to stage, replay and copy takes longer than to run it.
     """
     heavy = Counter(level for node, level in levels.items() if not _is_light(node, refused))
-    captured = {level for level, count in heavy.items() if count > 1} - {levels[node] for node in refused}
+    allowed = set(heavy) - {levels[node] for node in refused}
+    captured = {level for level in allowed if heavy[level] > 1} or allowed
     used = sorted(heavy) or [0]
     parts = {used[0]: 0}
     for before, after in itertools.pairwise(used):

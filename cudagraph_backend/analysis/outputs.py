@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import sympy
 import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.source import source_line
-from cudagraph_backend.region import TensorOutput
-from cudagraph_backend.torch_internals import Shapes, expr
-
-Output: TypeAlias = TensorOutput | sympy.Expr | None
+from cudagraph_backend.region import ArgumentOutput, Output, TensorOutput
+from cudagraph_backend.torch_internals import Shapes, expr, is_jagged_size
 
 
 def graph_outputs(graph: Graph) -> tuple[Output, ...]:
@@ -29,6 +26,9 @@ def _output(value: Node | int | None, arguments: Mapping[Node, int]) -> Output:
     meta = value.meta.get("val")
     if isinstance(meta, torch.Tensor):
         return TensorOutput(meta.dtype, tuple(map(expr, meta.shape)), None, source_line(value), arguments.get(value))
+    is_size = isinstance(meta, (int, torch.SymInt)) and not (isinstance(meta, bool) or is_jagged_size(meta))
+    if value in arguments and not is_size:
+        return ArgumentOutput(arguments[value])
     return None if meta is None else expr(meta)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from cudagraph_backend.analysis.capturable import op_refusal
-from cudagraph_backend.analysis.inputs import size_inputs
+from cudagraph_backend.analysis.inputs import input_refusals, size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.operators import has_token, is_token, read_by
 from cudagraph_backend.analysis.padding.call import leaves
@@ -76,13 +76,21 @@ def split(
         CannotSplit: a part would need what it can't be given.
     """
     flow = Flow(module.graph)
-    refused = {node: refusal for node in flow.operators if (refusal := op_refusal(node, device, unsafe)) is not None}
+    inputs = input_refusals(module.graph, example_inputs)
+    judged = ((n, op_refusal(n, device, unsafe) or _refused_read(flow, n, inputs)) for n in module.graph.nodes)
+    unfit = {node: refusal for node, refusal in judged if refusal is not None}
+    refused = {node: unfit[node] for node in flow.operators if node in unfit}
     part_of = parts_of(flow, refused)
     count = 1 + max(part_of.values(), default=-1)
     refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]
     if all(refusals) or not any(refusals):
         return None
-    return _Cutter(module, example_inputs, flow, part_of, refusals).split()
+    return _Cutter(module, example_inputs, flow, part_of, refusals, unfit).split()
+
+
+def _refused_read(flow: Flow, node: Node, inputs: Mapping[Node, Refusal]) -> Refusal | None:
+    """Why an operator can't be captured for what it reads, through views or not."""
+    return next((inputs[read] for read in flow.reads[node] if read in inputs), None)
 
 
 class _Cutter:
@@ -95,8 +103,10 @@ class _Cutter:
         flow: Flow,
         part_of: Mapping[Node, int],
         refusals: Sequence[Refusal | None],
+        unfit: Collection[Node],
     ):
         self._module = module
+        self._unfit = unfit
         self._flow = flow
         self._refusals = refusals
         self._nodes = [node for node in module.graph.nodes if node.op != "output"]
@@ -129,11 +139,16 @@ class _Cutter:
         return Split(tuple(parts), self._sizes, tuple(constants), results)
 
     def _repeated_results(self, part_of: Mapping[Node, int]) -> Iterator[tuple[Node, int]]:
-        """A view or size that the region returns is computed in one part: where what it reads is made, or the last."""
+        """A view or size that the region returns is computed in one part: where what it reads is made, or the last.
+
+        No graph can have a view of what only the CPU can read, for one.
+        """
         last = len(self._refusals) - 1
+        last_uncaptured = max(index for index, refusal in enumerate(self._refusals) if refusal is not None)
         for node in self._returned:
             if self._flow.is_repeated(node):
-                yield node, max((part_of[needed] for needed in self._flow.needs[node]), default=last)
+                otherwise = last_uncaptured if node in self._unfit else last
+                yield node, max((part_of[needed] for needed in self._flow.needs[node]), default=otherwise)
 
     def _gives_symbol(self, node: Node) -> bool:
         value = node.meta.get("val")
@@ -160,7 +175,7 @@ class _Cutter:
         read = {node for user in inside for node in read_by(user)} - set(inside)
         reads = [node for node in self._nodes if node in read]
         for node in reads:
-            if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)):
+            if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)) and node.op != "placeholder":
                 raise CannotSplit(f"{node} is neither a tensor nor a size")
         made = {symbol for node in inside for symbol in _symbols_made(node)}
         numbers = {expr(node.meta["val"]) for node in reads if isinstance(node.meta["val"], SYMBOLIC)}

@@ -13,7 +13,13 @@ from cudagraph_backend.analysis.operators import communicates, has_token, nodes_
 from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.torch_internals import is_higher_order, is_operator, operator_name, subgraphs_of
+from cudagraph_backend.torch_internals import (
+    is_generator,
+    is_higher_order,
+    is_operator,
+    operator_name,
+    subgraphs_of,
+)
 
 _NUMBERS_FROM_FLOATS = (
     "prims::convert_element_type",
@@ -25,7 +31,9 @@ _NUMBERS_FROM_FLOATS = (
 
 
 def draws_random_numbers(graph: Graph) -> bool:
-    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets_in(graph))
+    return any(torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) for target in targets_in(graph)) or any(
+        is_generator(node.meta.get("val")) and node.users for node in graph.find_nodes(op="placeholder")
+    )
 
 
 def lasting_effect(graph: Graph) -> Refusal | None:

@@ -14,12 +14,14 @@ from cudagraph_backend.torch_internals import fake_mode_of, is_operator
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _CONSTANTS = (aten.full.default, aten.scalar_tensor.default)
+_COPIES = (aten._to_copy.default, prims.device_put.default)
 
 
 def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
     """Lets a graph have on ``device`` all scalars on the CPU that nothing but operators there read.
 
-    Returns the indices of inputs among them, which calls of the graph must move.
+    Others, which are also returned, written, or read on the CPU, get a copy on ``device`` for the operators there.
+    Returns the indices of inputs among those moved, which calls of the graph must move.
     """
     moved = {node for node in graph.nodes if _is_scalar(node)} if device.type == "cuda" else set()
     while fixed := {node for node in moved if not _can_move(node, moved, device)}:
@@ -29,7 +31,26 @@ def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
             node.kwargs = {**node.kwargs, "device": device}
         with fake_mode_of(graph):
             node.meta["val"] = torch.empty((), dtype=node.meta["val"].dtype, device=device)
+    if device.type == "cuda":
+        _copy_scalars(graph, device)
     return frozenset(i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in moved)
+
+
+def _copy_scalars(graph: Graph, device: torch.device) -> None:
+    for node in [node for node in graph.nodes if _is_scalar(node)]:
+        readers = [user for user in node.users if _is_on(user, device) and user.target not in _COPIES]
+        if not readers:
+            continue
+        first = next(other for other in graph.nodes if other in readers)
+        with graph.inserting_before(first), fake_mode_of(graph):
+            if node.target in _CONSTANTS:
+                copy = graph.call_function(node.target, node.args, {**node.kwargs, "device": device})
+            else:
+                copy = graph.call_function(aten._to_copy.default, (node,), {"device": device})
+            copy.meta.update({k: v for k, v in first.meta.items() if k in ("stack_trace", "nn_module_stack")})
+            copy.meta["val"] = torch.empty((), dtype=node.meta["val"].dtype, device=device)
+        for reader in readers:
+            reader.replace_input_with(node, copy)
 
 
 def moving(call: Callable[[list[Any]], Sequence[Any]], indices: frozenset[int], device: torch.device) -> Any:

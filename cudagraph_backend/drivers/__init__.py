@@ -50,10 +50,13 @@ class Driver(Protocol):
     def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for a buffer of a region that is run or captured."""
 
-    def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> Graph:
+    def capture(
+        self, run: Callable[[], None], *, draws: bool, stages: bool, generators: Sequence[torch.Generator] = ()
+    ) -> Graph:
         """Capture ``run`` without running it. It was run before, as what is lazy can't begin in a capture (autotuning).
 
-        It may draw random numbers if it ``draws``; there are inputs to copy or to fill if it ``stages``.
+        It may draw random numbers if it ``draws``, from the device's default generator and from ``generators``: each
+        replay draws new ones. There are inputs to copy or to fill if it ``stages``.
         Raises ``CaptureError``, leaving nothing behind, if it can't be.
         """
 

@@ -23,6 +23,7 @@ from cudagraph_backend.torch_internals import (
     end_failed_capture,
     generator_state_apart,
     is_current_stream_capturing,
+    register_generator,
 )
 
 log = logging.getLogger("cudagraph_backend")
@@ -154,16 +155,20 @@ class CudaDriver:
     def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
 
-    def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> CudaGraph:
+    def capture(
+        self, run: Callable[[], None], *, draws: bool, stages: bool, generators: Sequence[torch.Generator] = ()
+    ) -> CudaGraph:
         try:
-            return self._capture(run, draws, stages)
+            return self._capture(run, draws, stages, generators)
         except CaptureError as error:
             if not (isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__)):
                 raise
         torch.cuda.empty_cache()  # which the allocator does by itself, but not in a capture
-        return self._capture(run, draws, stages)
+        return self._capture(run, draws, stages, generators)
 
-    def _capture(self, run: Callable[[], None], draws: bool, stages: bool) -> CudaGraph:
+    def _capture(
+        self, run: Callable[[], None], draws: bool, stages: bool, generators: Sequence[torch.Generator]
+    ) -> CudaGraph:
         with self._on_capture_stream(), _collector_off():
             try:
                 memory = self._open_pool()
@@ -175,7 +180,7 @@ class CudaDriver:
             clear_cublas_workspaces()
             # Kept, as the node of an executable is named by the graph that it was made of.
             graph, taken = torch.cuda.CUDAGraph(keep_graph=idle is not None), self._taken_outside_allocator()
-            self._begin(graph, memory, draws=draws)
+            self._begin(graph, memory, draws=draws, generators=generators)
             try:
                 if idle is not None:
                     self._launches.launch(idle, ())
@@ -183,14 +188,14 @@ class CudaDriver:
                 clear_cublas_workspaces()
                 graph.capture_end()
             except BaseException as error:
-                self._abort(graph, memory)
+                self._abort(graph, memory, generators)
                 if isinstance(error, Exception):
                     raise _capture_error(error) from error
                 raise
             node = None if idle is None else self._staging_node(graph, idle)
             executable = max(self._taken_outside_allocator() - taken, 0)
         if idle is not None and node is None:
-            return self._capture(run, draws, stages)  # again, without the kernel
+            return self._capture(run, draws, stages, generators)  # again, without the kernel
         return CudaGraph(graph, memory, executable, node)
 
     def _staging_node(self, graph: torch.cuda.CUDAGraph, idle: DeviceTable) -> StagingNode | None:
@@ -214,34 +219,43 @@ class CudaDriver:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free - torch.cuda.memory_reserved(self.device)
 
-    def _begin(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool, *, draws: bool) -> None:
-        if draws:
+    def _begin(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        memory: MemoryPool,
+        *,
+        draws: bool,
+        generators: Sequence[torch.Generator] = (),
+    ) -> None:
+        for generator in generators:
+            register_generator(graph, generator)
+        if draws or generators:
             graph.capture_begin(memory.handle, "thread_local")
             return
         with generator_state_apart(self.device):
             graph.capture_begin(memory.handle, "thread_local")
 
-    def _abort(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool) -> None:
-        """End a capture that went wrong, and make the allocators and the random number generator usable again.
+    def _abort(self, graph: torch.cuda.CUDAGraph, memory: MemoryPool, generators: Sequence[torch.Generator]) -> None:
+        """End a capture that went wrong, and make the allocators and random number generators usable again.
 
         Where it can't be ended as any other, the memory pool may stay in the state of being captured to, so later
         captures get a new one; graphs that exist keep theirs. Opening it ends with a successful capture, which takes
-        the generator out of its capturing state.
+        the generators out of their capturing state.
         """
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
             return
         end_failed_capture(self.device, memory.pool.id)
         self._memory = None
-        self._open_pool(draws=True)
+        self._open_pool(draws=True, generators=generators)
 
-    def _open_pool(self, *, draws: bool = False) -> MemoryPool:
+    def _open_pool(self, *, draws: bool = False, generators: Sequence[torch.Generator] = ()) -> MemoryPool:
         """The memory pool, made at the first use, on the capture stream."""
         if self._memory is None:
             pool, anchor, scrap = torch.cuda.MemPool(), torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
             torch.cuda.synchronize(self.device)
             memory = MemoryPool(pool, anchor)
-            self._begin(anchor, memory, draws=draws)
+            self._begin(anchor, memory, draws=draws, generators=generators)
             scrap.add_(1)  # an empty graph would be warned about; this one is never replayed
             anchor.capture_end()
             self._memory = memory

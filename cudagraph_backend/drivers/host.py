@@ -75,7 +75,9 @@ class HostDriver:
             torch.empty(0, dtype=torch.uint8, device="cpu").set_(buffer.untyped_storage()).fill_(0xFF)
         return buffer
 
-    def capture(self, run: Callable[[], None], *, draws: bool, stages: bool) -> HostGraph:
+    def capture(
+        self, run: Callable[[], None], *, draws: bool, stages: bool, generators: Sequence[torch.Generator] = ()
+    ) -> HostGraph:
         return HostGraph(run)
 
     def seconds(self, run: Callable[[], object]) -> None:

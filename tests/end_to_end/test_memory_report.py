@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def executables_of_growing_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first graph captured has an executable of 1000 bytes, the next one of 2000, and so on."""
     sizes = itertools.count(1000, 1000)
 
-    def capture(self: HostDriver, run: Callable[[], None], draws: bool, stages: bool) -> HostGraph:
+    def capture(self: HostDriver, run: Callable[[], None], **of_graph: Any) -> HostGraph:
         return HostGraph(run, next(sizes))
 
     monkeypatch.setattr(HostDriver, "capture", capture)

@@ -9,6 +9,8 @@ from tests.end_to_end.test_parts import *  # noqa: F403
 from tests.end_to_end.test_regressions import *  # noqa: F403
 from tests.end_to_end.test_sequences import *  # noqa: F403
 from tests.end_to_end.test_training import *  # noqa: F403
+from tests.end_to_end.test_uncommon_inputs import *  # noqa: F403
+from tests.end_to_end.test_unexpected import *  # noqa: F403
 from tests.end_to_end.test_users_rules import *  # noqa: F403
 from tests.end_to_end.test_values import *  # noqa: F403
 

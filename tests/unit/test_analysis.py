@@ -13,6 +13,10 @@ import sympy
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._library import opaque_object
+from torch._library.fake_class_registry import FakeScriptObject
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
@@ -20,7 +24,7 @@ from cudagraph_backend.analysis import analyse, complete
 from cudagraph_backend.analysis.outputs import with_strides
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.options import Options
-from cudagraph_backend.region import Region, TensorInput, TensorOutput
+from cudagraph_backend.region import ArgumentOutput, Region, TensorInput, TensorOutput
 
 N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 Captured = tuple[GraphModule, Sequence[Any]]
@@ -498,6 +502,18 @@ def refusal_for(*values: Any) -> str:
     return str(region.refusal)
 
 
+def reading(*values: Any) -> Region:
+    """A region with an operator that reads all arguments, on the user's line 12."""
+    graph = hand_made(*values)
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        node = graph.call_function(torch.ops.aten.sin.default, tuple(graph.find_nodes(op="placeholder")))
+    node.meta["val"] = torch.ones(2)
+    node.meta["stack_trace"] = 'File "/home/user/model.py", line 12, in forward\n    y = f(x)'
+    output.args = ((node,),)
+    return analyse(GraphModule({}, graph), values, "inference", (), Options(), 0)
+
+
 def test_mixed_devices_are_refused_with_both_names_and_the_cpus_line():
     with FakeTensorMode():
         values = torch.empty(2, device="cuda:0"), torch.empty(2)
@@ -512,7 +528,14 @@ def test_mixed_devices_are_refused_with_both_names_and_the_cpus_line():
 
 
 def test_a_device_without_driver_is_refused():
-    assert "no graph driver for device meta" in refusal_for(torch.empty(2, device="meta"))
+    with FakeTensorMode():
+        assert "no graph driver for device xpu" in refusal_for(torch.empty(2, device="xpu"))
+
+
+def test_a_region_on_meta_is_refused_and_a_tensor_there_is_no_mix_of_devices():
+    assert "no tensor that has memory" in refusal_for(torch.empty(2, device="meta"))
+    region = reading(torch.empty(2, device="meta"), torch.ones(2))
+    assert (region.refusal, region.device) == (None, torch.device("cpu"))
 
 
 def test_a_region_without_tensors_is_refused():
@@ -529,12 +552,65 @@ def test_a_region_without_tensors_is_refused():
     ids=["sparse", "conjugate", "negative"],
 )
 def test_inputs_that_are_not_plain_memory_are_refused(value: torch.Tensor, reason: str):
-    assert reason in refusal_for(value)
+    refusal = reading(value, torch.ones(1)).refusal
+    assert refusal is not None
+    assert reason in refusal.reason
+    assert refusal.source == "/home/user/model.py:12 in forward: y = f(x)"
+    assert analyse(GraphModule({}, hand_made(value)), (value,), "inference", (), Options(), 0).refusal is None
 
 
-@pytest.mark.parametrize("value", [True, 2.5, None])
-def test_inputs_that_are_neither_tensor_nor_size_are_refused(value: Any):
-    assert f"input arg0_1 is a {type(value).__name__}, neither a tensor nor a size" in refusal_for(value, torch.ones(1))
+@pytest.mark.parametrize("value", [True, 2.5, None, "text", [1]])
+def test_inputs_that_are_neither_tensor_nor_size_are_refused_where_they_are_read(value: Any):
+    refusal = reading(value, torch.ones(1)).refusal
+    assert refusal is not None
+    assert refusal.reason == f"input arg0_1 is a {type(value).__name__}, neither a tensor nor a size"
+    region = analyse(
+        GraphModule({}, hand_made(value, torch.ones(1))), (value, torch.ones(1)), "inference", (), Options(), 0
+    )
+    assert region.refusal is None
+    assert region.outputs[0] == ArgumentOutput(0)
+
+
+class Constant:
+    """Equal ones are one, so that Dynamo may take it for part of the code."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant)
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __fx_repr__(self) -> tuple[str, dict[str, type]]:
+        return "Constant()", {"Constant": Constant}
+
+
+class Counter(OpaqueBase):
+    """What it holds may be another number at every call."""
+
+
+def test_objects_that_never_change_are_read_as_they_are_and_others_are_refused(monkeypatch):
+    monkeypatch.setattr(opaque_object, "_OPAQUE_TYPES", opaque_object._OPAQUE_TYPES.copy())
+    register_opaque_type(Constant, typ="value")
+    register_opaque_type(Counter, typ="reference")
+    group = torch.distributed.ProcessGroup(0, 1)
+    for value in (torch.Generator(), group, FakeScriptObject(group, "ProcessGroup", group), Constant()):
+        region = reading(torch.ones(2), value)
+        assert (region.refusal, region.objects) == (None, (1,))
+        unread = analyse(
+            GraphModule({}, hand_made(torch.ones(2), value)), (torch.ones(2), value), "inference", (), Options(), 0
+        )
+        assert unread.objects == ()
+        assert unread.outputs[1] == ArgumentOutput(1)
+    counter = Counter()
+    for value in (counter, FakeScriptObject(counter, "Counter", counter)):
+        refusal = reading(torch.ones(2), value).refusal
+        assert refusal is not None
+        assert refusal.reason == "input arg1_1 is a Counter, neither a tensor nor a size"
+
+
+def test_a_region_that_reads_a_generator_draws_random_numbers():
+    assert reading(torch.ones(2), torch.Generator()).has_effects
+    assert not reading(torch.ones(2)).has_effects
 
 
 def test_inductors_own_reason_counts_on_cuda_only():

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.parts import Part, Split, split
@@ -238,13 +240,16 @@ def test_values_live_until_their_last_reader_is_called():
 
 
 def mixed(build: Callable[[Graph, Callable[..., Node], dict[str, Node]], Any]) -> GraphModule:
-    """A graph on ``x`` on a GPU and the scalars ``a`` and ``b`` on the CPU."""
-    graph, mode = Graph(), FakeTensorMode()
+    """A graph on ``x`` on a GPU, and on the CPU the scalars ``a`` and ``b`` and some ``rows``."""
+    graph, mode = Graph(), FakeTensorMode(shape_env=ShapeEnv())
     given: dict[str, Node] = {}
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    rows = mode.from_tensor(torch.empty(4, 3), symbolic_context=context, source=ConstantSource("rows"))
     with mode:
-        for name, value in (("x", torch.empty(3, device=CUDA)), ("a", torch.empty(())), ("b", torch.empty(()))):
-            given[name] = graph.placeholder(name)
-            given[name].meta["val"] = value
+        values = torch.empty(3, device=CUDA), torch.empty(()), torch.empty(()), rows
+    for name, value in zip(("x", "a", "b", "rows"), values, strict=True):
+        given[name] = graph.placeholder(name)
+        given[name].meta["val"] = value
 
     def add(target: Any, *args: Any, **kwargs: Any) -> Node:
         node = graph.call_function(target, args, kwargs)
@@ -265,21 +270,94 @@ def test_scalars_that_only_the_gpu_reads_are_moved():
     module = mixed(build)
     assert move_scalars(module.graph, CUDA) == {1}
     on_cpu = [n.target for n in module.graph.nodes if n.op != "output" and n.meta["val"].device == CPU]
-    assert on_cpu == ["b", aten.add.Tensor]
+    assert on_cpu == ["b", "rows", aten.add.Tensor]
     assert [p.refusal is None for p in split_of(module)] == [True, False]
 
 
-@pytest.mark.parametrize("reader", ["output", "cpu", "number"])
-def test_a_scalar_that_something_else_reads_stays(reader: str):
+@pytest.mark.parametrize("reader", ["output", "cpu", "number", "write"])
+def test_a_scalar_that_something_else_reads_stays_and_is_copied_for_the_gpu(reader: str):
     def build(graph, add, given):
         more = {
             "output": lambda a: a,
             "cpu": lambda a: add(aten.view.default, a, [1]),
             "number": lambda a: add(aten.sym_size.int, add(aten.view.default, a, [1]), 0),
+            "write": lambda a: add(aten.copy_.default, a, add(aten.add.Tensor, a, 1)),
         }
-        return add(aten.mul.Tensor, given["x"], given["a"]), more[reader](given["a"])
+        scaled = add(aten.mul.Tensor, given["x"], given["a"])
+        return add(aten.add.Tensor, scaled, given["a"]), more[reader](given["a"])
 
-    assert move_scalars(mixed(build).graph, CUDA) == frozenset()
+    module = mixed(build)
+    assert move_scalars(module.graph, CUDA) == frozenset()
+    parts = split_of(module)
+    assert [operators(p) for p in parts if p.refusal is None] == [["mul", "add"]]
+    (copied,) = [p for p in parts if "_to_copy" in operators(p)]  # once, for both readers
+    assert operators(copied).count("_to_copy") == 1
+    assert [p.refusal is None for p in parts] == [False, True]
+    order = operators(copied)
+    assert reader != "write" or order.index("_to_copy") < order.index("copy_")
+
+
+def test_a_constant_on_the_cpu_that_the_cpu_reads_too_is_made_once_more():
+    def build(graph, add, given):
+        half = add(aten.full.default, [], 0.5, dtype=torch.float32, device=CPU)
+        return add(aten.sin.default, add(aten.mul.Tensor, given["x"], half)), add(aten.add.Tensor, given["a"], half)
+
+    module = mixed(build)
+    move_scalars(module.graph, CUDA)
+    assert [(operators(p), p.refusal is None) for p in split_of(module)] == [
+        (["full", "mul", "sin"], True),
+        (["full", "add"], False),
+    ]
+
+
+def test_a_result_on_the_cpu_that_the_gpu_reads_is_copied():
+    def build(graph, add, given):
+        on_cpu = add(aten.add.Tensor, given["a"], given["b"])
+        scaled = add(aten.sin.default, add(aten.mul.Tensor, given["x"], on_cpu))
+        return scaled, on_cpu
+
+    module = mixed(build)
+    assert move_scalars(module.graph, CUDA) == frozenset()
+    assert [(operators(p), p.refusal is None) for p in split_of(module)] == [
+        (["add", "_to_copy"], False),
+        (["mul", "sin"], True),
+    ]
+
+
+PATTERNS = {
+    "two scalars": (lambda add, x, a, b, rows: [add(aten.add.Tensor, x, a), add(aten.mul.Tensor, x, b)], "c"),
+    "one read by both": (lambda add, x, a, b, rows: [add(aten.add.Tensor, x, a), add(aten.add.Tensor, a, b)], ".c"),
+    "a device each": (lambda add, x, a, b, rows: [add(aten.add.Tensor, x, 1), add(aten.add.Tensor, rows, 2)], "c."),
+    "moved there and back": (
+        lambda add, x, a, b, rows: [add(aten._to_copy.default, add(aten._to_copy.default, a, device=CUDA), device=CPU)],
+        "c.",
+    ),
+    "a view goes to the cpu": (
+        lambda add, x, a, b, rows: [
+            add(aten._to_copy.default, add(aten.view.dtype, add(aten.add.Tensor, x, 1), torch.int32), device=CPU)
+        ],
+        "c.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_is_on_the_gpu_is_captured_though_it_is_one_operator(name: str):
+    """As long as nothing else in the region is."""
+    build, kinds = PATTERNS[name]
+    module = mixed(lambda graph, add, given: build(add, *given.values()))
+    moved = move_scalars(module.graph, CUDA)
+    examples = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    made = split(module, examples, CUDA)
+    refusals = [None] if made is None else [part.refusal for part in made.parts]
+    assert "".join("c" if refusal is None else "." for refusal in refusals) == kinds
+    if name == "two scalars":
+        assert moved == {1, 2}
+    if name == "a device each":
+        assert made is not None
+        captured, on_cpu = made.parts
+        assert inputs(captured) == ["x"]
+        assert inputs(on_cpu)[1:] == ["rows"]
 
 
 def test_operators_on_another_device_are_cut_out():
@@ -300,6 +378,66 @@ def split_of(module: GraphModule) -> Sequence[Part]:
     made = split(module, [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")], CUDA)
     assert made is not None
     return made.parts
+
+
+def with_object(value: Any, unused: Any = None) -> tuple[GraphModule, list[Any]]:
+    """A graph of ten operators, the sixth of which reads an object."""
+    graph, values = Graph(), [torch.empty(3), value, unused]
+    inputs = [graph.placeholder(name) for name in ("x", "group", "unused")]
+    for node, given in zip(inputs, values, strict=True):
+        node.meta["val"] = given
+    node = inputs[0]
+    for number in range(10):
+        node = graph.call_function(aten.sin.default, (node, *([inputs[1]] if number == 5 else [])))
+        node.meta["val"] = torch.empty(3)
+    graph.output((node, inputs[1], inputs[2]))
+    return GraphModule({}, graph), values
+
+
+def test_an_object_that_no_graph_can_read_is_read_in_a_part_of_its_own():
+    module, values = with_object("text", 2.5)
+    made = split(module, values, CPU)
+    assert made is not None
+    first, reads_it, second = made.parts
+    assert [len(operators(p)) for p in (first, reads_it, second)] == [5, 1, 4]
+    assert reads_it.refusal is not None
+    assert reads_it.refusal.reason == "input group is a str, neither a tensor nor a size"
+    assert (inputs(first), inputs(reads_it)) == (["x"], ["group", "sin_default_4"])
+    assert reads_it.examples[0] == "text"
+    assert made.results[1:] == (1, 2)
+
+
+def test_an_operator_cut_out_gets_the_objects_that_it_reads():
+    """Process groups and generators can be read by a captured part and by another one."""
+    module, values = with_object(torch.distributed.ProcessGroup(0, 1))
+    assert split(module, values, CPU) is None
+    seventh = [node for node in module.graph.nodes if node.op == "call_function"][6]
+    seventh.target = torch.ops.parts_unit.wave.default
+    made = split(module, values, CPU)
+    assert made is not None
+    first, _, _ = made.parts
+    assert first.refusal is None
+    assert inputs(first) == ["x", "group"]
+    assert first.examples[1] is values[1]
+
+
+def test_a_view_of_what_no_graph_can_read_is_read_where_that_is():
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.randn(3, dtype=torch.complex64).conj()
+    view = graph.call_function(aten.view.default, (x, [3, 1]))
+    view.meta["val"] = x.meta["val"].view(3, 1)
+    sin = graph.call_function(aten.abs.default, (view,))
+    sin.meta["val"] = torch.empty(3, 1)
+    node = sin
+    for _ in range(2):
+        node = graph.call_function(aten.sin.default, (node,))
+        node.meta["val"] = torch.empty(3, 1)
+    graph.output((node,))
+    made = split(GraphModule({}, graph), [x.meta["val"]], CPU)
+    assert made is not None
+    assert [operators(p) for p in made.parts] == [["view", "abs"], ["sin", "sin"]]
+    assert [p.refusal is None for p in made.parts] == [False, True]
 
 
 def test_moving_moves_arguments_of_a_call():

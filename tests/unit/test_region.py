@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import sympy
 import torch
+from torch._subclasses import FakeTensorMode
 
 import cudagraph_backend
 from cudagraph_backend import torch_internals
+from cudagraph_backend.backend import _FrameCompile
+from cudagraph_backend.drivers.host import HostDriver
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, Region, SizeInput, TensorInput, evaluate, evaluate_all
 from cudagraph_backend.torch_internals import Shapes
 
@@ -286,3 +290,45 @@ def test_training_gives_eagers_gradients(compiles: Compile):
         gradients = [torch.autograd.grad(f(x, weight), weight, tangent)[0] for f in (compiled, model)]
         torch.testing.assert_close(*gradients)
     assert_replayed(6)
+
+
+# ------------------------------------------------------------------------------------------------ generators
+
+
+def noisy_region() -> tuple[torch.fx.GraphModule, list[Any]]:
+    """``x`` and random numbers of an argument. No program for the CPU has such a region: checkpoints on a GPU do."""
+    graph, mode, generator = torch.fx.Graph(), FakeTensorMode(), torch.Generator()
+    x, drawn_from = graph.placeholder("x"), graph.placeholder("fwd_rng_state_0")
+    noise = graph.call_function(torch.ops.aten.rand.generator, ([3],), {"generator": drawn_from})
+    result = graph.call_function(torch.ops.aten.add.Tensor, (x, noise))
+    with mode:
+        x.meta["val"], noise.meta["val"], result.meta["val"] = torch.empty(3), torch.empty(3), torch.empty(3)
+    drawn_from.meta["val"] = generator
+    graph.output((result, drawn_from))
+    return torch.fx.GraphModule({}, graph), [x.meta["val"], generator]
+
+
+def test_a_generator_is_drawn_from_at_every_call_and_has_graphs_of_its_own(
+    compiles: Compile, monkeypatch: pytest.MonkeyPatch
+):
+    registered: list[Sequence[torch.Generator]] = []
+    capture = HostDriver.capture
+
+    def keep(self: HostDriver, run: Any, *, draws: bool, stages: bool, generators: Sequence[Any] = ()) -> Any:
+        assert draws
+        registered.append(generators)
+        return capture(self, run, draws=draws, stages=stages, generators=generators)
+
+    monkeypatch.setattr(HostDriver, "capture", keep)
+    frame = _FrameCompile(cudagraph_backend.sharedgraph, Options(), ())
+    call = frame.compile_region(*noisy_region(), is_inference=True, static_input_idxs=[])
+    ours, eagers = ([torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2))
+    x = torch.randn(3)
+    for number in (0, 0, 1, 0, 1, 1):
+        result, generator = call([x, ours[number]])
+        assert generator is ours[number]
+        assert_equal(result, x + torch.rand(3, generator=eagers[number]))
+        del result  # a kept one would ask for another place
+    assert_replayed(6)
+    assert registered == [[ours[0]], [ours[1]]]
+    torch._dynamo.reset()

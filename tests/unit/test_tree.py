@@ -30,7 +30,7 @@ def shape(rows: int) -> Shape:
     return (rows, 128), (128, 1)
 
 
-def region(inputs: int, static: int = 0, mutated: Sequence[int] = ()) -> Region:
+def region(inputs: int, static: int = 0, mutated: Sequence[int] = (), objects: Sequence[int] = ()) -> Region:
     roles = ["static"] * static + ["staged"] * inputs
     tensors = [TensorInput(i, f"arg{i}", r, i in mutated, torch.float32, (), ()) for i, r in enumerate(roles)]
     return Region(
@@ -46,6 +46,7 @@ def region(inputs: int, static: int = 0, mutated: Sequence[int] = ()) -> Region:
         refusal=None,
         has_effects=False,
         source_lines=(),
+        objects=tuple(objects),
     )
 
 
@@ -81,15 +82,23 @@ def lend(pool: OutputPool, taken: OutputRange, step: int, nbytes: int = ROW) -> 
 class Caller:
     """Calls a region of one output, as ``Replayer`` does, and keeps count of its captures."""
 
-    def __init__(self, pool: OutputPool, step: list[int], inputs: int = 1, static: int = 0, **options: Any):
+    def __init__(
+        self,
+        pool: OutputPool,
+        step: list[int],
+        inputs: int = 1,
+        static: int = 0,
+        objects: Sequence[int] = (),
+        **options: Any,
+    ):
         self.pool = pool
         self.step = step
-        self.tree = Tree(region(inputs, static), pool, Options(**options))
+        self.tree = Tree(region(inputs, static, objects=objects), pool, Options(**options))
         self.captures = 0
         self.copies = 0
         self.cache = False
 
-    def __call__(self, *args: torch.Tensor, rows: int = 1, bucket: int | None = None) -> torch.Tensor | Refusal:
+    def __call__(self, *args: Any, rows: int = 1, bucket: int | None = None) -> torch.Tensor | Refusal:
         plan, listed = plan_for(self.tree, rows, bucket, self.cache), list(args)
         where = self.tree.where(plan, listed)
         self.route = self.tree.route(plan, where, listed)
@@ -134,6 +143,30 @@ def test_a_place_reads_what_lies_there_and_takes_copies_of_the_rest(pool: Output
         ((0, None), wide, False),
     ]:
         assert place.accepts(reads, where) == expected, where
+
+
+def test_a_place_is_for_the_objects_it_was_captured_with(pool: OutputPool, step: list[int]):
+    """Equal ones are others: a graph has the memory of the one it saw."""
+    call = Caller(pool, step, inputs=1, objects=[1])
+    x, first, second = torch.randn(shape(1)[0]), [1], [1]
+    routes = []
+    for group in (first, second, first, second):
+        call(x, group)
+        assert call.route is not None
+        routes.append(call.route)
+    assert call.captures == 2
+    assert routes[0].place is routes[2].place is not routes[1].place is routes[3].place
+    assert [place.objects for place in call.tree.places] == [(first,), (second,)]
+
+
+def test_objects_that_are_new_at_every_call_are_not_captured_for_ever(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, inputs=1, objects=[1])
+    objects = [[number] for number in range(100)]
+    results = [call(torch.randn(shape(1)[0]), group) for group in objects]
+    assert call.captures == tree_module._UNUSED_CAPTURES
+    assert isinstance(results[-1], Refusal)
+    call(torch.randn(shape(1)[0]), objects[-1])
+    assert call.captures == tree_module._UNUSED_CAPTURES + 1  # it is met again
 
 
 def test_copies_may_not_meet_each_other(pool: OutputPool, step: list[int]):
