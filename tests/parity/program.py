@@ -40,6 +40,7 @@ class Program:
         draws: whether random numbers are part of the values: then the backends draw as eager does.
         inductor, dynamo: settings; those that a release of torch does not have are left out.
         tolerance: of the values, relative and absolute.
+        around: what is there while it runs, in every way, until all graphs are gone.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Program:
     inductor: dict[str, Any] = field(default_factory=dict)
     dynamo: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
+    around: Callable[[torch.device], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     @property
     def expected(self) -> str:

@@ -20,7 +20,9 @@ section = Section("Random numbers and checkpointing")
 @section.program(draws=True)
 def draws(device):
     """Uniform and normal numbers, of the shape of an argument."""
-    return calls(lambda x: (torch.rand_like(x) + x, torch.randn_like(x) * 2 + x), lambda n: (randn(n, 4, device=device),))
+    return calls(
+        lambda x: (torch.rand_like(x) + x, torch.randn_like(x) * 2 + x), lambda n: (randn(n, 4, device=device),)
+    )
 
 
 @section.program(draws=True)
@@ -56,7 +58,7 @@ def draws_of_the_compiler(device):
             for seed in (n, n, n + 1):
                 torch.manual_seed(seed)
                 drawn += [function(ones).clone(), function(ones).clone()]
-            yield all(bool(((0 <= d) & (d < 1)).all()) for d in drawn)
+            yield all(bool(((d >= 0) & (d < 1)).all()) for d in drawn)
             yield [torch.equal(drawn[0], other) for other in drawn[1:]]
             yield abs(float(torch.cat(drawn).mean()) - 0.5) < 0.1
 
@@ -138,7 +140,9 @@ def checkpoints_out_of_order(device):
     return flow
 
 
-@section.program(needs_cuda="a draw on the CPU and one on the GPU", draws=True, leaves=("mixes devices",), inductor=_GENERATORS)
+@section.program(
+    needs_cuda="a draw on the CPU and one on the GPU", draws=True, leaves=("mixes devices",), inductor=_GENERATORS
+)
 def checkpoints_that_draw_on_both_devices(device):
     """One checkpoint draws on the CPU, another on the GPU."""
 
@@ -148,7 +152,9 @@ def checkpoints_that_draw_on_both_devices(device):
         return torch.sin(x) * z.to(x.device)
 
     return calls(
-        function, lambda n: (randn(n, 4, device=device, grad=True), torch.randn(n, 4, requires_grad=True)), training=True
+        function,
+        lambda n: (randn(n, 4, device=device, grad=True), torch.randn(n, 4, requires_grad=True)),
+        training=True,
     )
 
 
@@ -187,7 +193,9 @@ def selective_checkpoint(device):
         return checkpoint(block, x, w, use_reentrant=False, context_fn=_saving_products) + 1
 
     return calls(
-        function, lambda n: (randn(n, 8, device=device, grad=True), randn(8, 8, device=device, grad=True)), training=True
+        function,
+        lambda n: (randn(n, 8, device=device, grad=True), randn(8, 8, device=device, grad=True)),
+        training=True,
     )
 
 
@@ -202,7 +210,9 @@ def selective_checkpoint_that_draws(device):
         return checkpoint(block, x, w, use_reentrant=False, context_fn=_saving_products) + 1
 
     return calls(
-        function, lambda n: (randn(n, 8, device=device, grad=True), randn(8, 8, device=device, grad=True)), training=True
+        function,
+        lambda n: (randn(n, 8, device=device, grad=True), randn(8, 8, device=device, grad=True)),
+        training=True,
     )
 
 

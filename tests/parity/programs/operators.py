@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.parity import custom
@@ -242,31 +243,24 @@ def flex_attention_in_training(device):
 @contextlib.contextmanager
 def _process_group(device):
     """A group of this process alone."""
-    import torch.distributed as dist
-
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
         try:
-            yield dist.group.WORLD.group_name
+            yield
         finally:
             dist.destroy_process_group()
 
 
-def _collectives(group, x, w):
-    import torch.distributed._functional_collectives as functional
-
-    y = functional.all_reduce((x @ w).relu(), "sum", group)
-    return functional.all_gather_tensor(y * 2, 0, group) + 1
-
-
-@section.program()
+@section.program(around=_process_group)
 def collectives(device):
     """Functional collectives, in a group of one process."""
+    import torch.distributed._functional_collectives as functional
 
-    def flow(compile):
-        with _process_group(device) as group:
-            arguments = lambda n: (randn(n, 8, device=device), fixed(8, 8, device=device))
-            yield from calls(lambda x, w: _collectives(group, x, w), arguments)(compile)
+    group = dist.group.WORLD.group_name
 
-    return flow
+    def function(x, w):
+        y = functional.all_reduce((x @ w).relu(), "sum", group)
+        return functional.all_gather_tensor(y * 2, 0, group) + 1
+
+    return calls(function, lambda n: (randn(n, 8, device=device), fixed(8, 8, device=device)))

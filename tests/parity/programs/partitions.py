@@ -33,7 +33,7 @@ def round_trip_of_several_sizes(device):
     return calls(_round_trip, lambda n: (randn(n, n, device=device), randn(n, n, device=device)), sizes=(3, 4, 5))
 
 
-@section.program(needs_cuda=BOTH, leaves=MIXED, captures=False)
+@section.program(needs_cuda=BOTH, leaves=MIXED)
 def round_trip_of_an_unbacked_size(device):
     """The same, with sizes marked as unbacked."""
 
@@ -118,7 +118,9 @@ def cpu_scalar_first(device):
 @section.program(needs_cuda=BOTH)
 def cpu_scalar_that_is_an_integer(device):
     """A float on the GPU plus an integer on the CPU."""
-    return calls(lambda x, y, s: x + y + s, lambda n: (*(randn(n, 4, device=device) for _ in range(2)), torch.tensor(n)))
+    return calls(
+        lambda x, y, s: x + y + s, lambda n: (*(randn(n, 4, device=device) for _ in range(2)), torch.tensor(n))
+    )
 
 
 @section.program(needs_cuda=BOTH)
@@ -232,9 +234,9 @@ def sizes_from_data_in_an_index(device):
     """Numbers say how often rows are repeated, and the repeated ones are picked."""
 
     def function(x, repeats):
-        x = (x * 2).relu()
-        index = torch.arange(repeats.numel(), device=device).repeat_interleave(repeats, dim=0)
-        return torch.index_select(x, 0, index) + 1
+        rank = torch.arange(repeats.numel(), device=device)
+        index = rank.repeat_interleave(repeats, dim=0)
+        return torch.index_select(x, 0, index)
 
     def arguments(n):
         repeats = (torch.arange(n) + 1).to(device)
@@ -283,7 +285,11 @@ def rows_picked_by_a_mask(device):
 
 def _masked_write(device):
     def arguments(n):
-        return randn(4, 8, device=device), torch.tensor([True, False, True, False]).to(device), randn(2, 8, device=device)
+        return (
+            randn(4, 8, device=device),
+            torch.tensor([True, False, True, False]).to(device),
+            randn(2, 8, device=device),
+        )
 
     return arguments
 
@@ -320,7 +326,9 @@ def write_by_indices(device):
         x = torch.zeros_like(x)
         return x.index_put_([at], values, accumulate=True) * 2
 
-    return calls(function, lambda n: (randn(8, 4, device=device), torch.arange(n).to(device), randn(n, 4, device=device)))
+    return calls(
+        function, lambda n: (randn(8, 4, device=device), torch.arange(n).to(device), randn(n, 4, device=device))
+    )
 
 
 @section.program(leaves=BRANCHES)
@@ -497,12 +505,15 @@ def operator_that_reads_python(device):
             custom.Metadata.factor = factor
             with torch.no_grad():
                 yield copied(function(fixed(4, 4, device=device)))
-        custom.Metadata.factor = 1.0
 
     return flow
 
 
-@section.program(leaves=DEPENDS, inductor={"cudagraph_unsafe_unbacked_ops": ["parity::count"]}, dynamo={"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True})
+@section.program(
+    leaves=DEPENDS,
+    inductor={"cudagraph_unsafe_unbacked_ops": ["parity::count"]},
+    dynamo={"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
+)
 def size_from_an_operator(device):
     """A custom operator gives a size, and Inductor's setting names it as unsafe."""
 
@@ -525,5 +536,7 @@ def boolean_and_scalar_and_cpu(device):
         return there, (there.to(device) @ w).relu() + s
 
     return calls(
-        function, lambda n: (randn(n, 8, device=device), torch.tensor(float(n)), fixed(8, 8, device=device)), sizes=(4, 7, 9)
+        function,
+        lambda n: (randn(n, 8, device=device), torch.tensor(float(n)), fixed(8, 8, device=device)),
+        sizes=(4, 7, 9),
     )

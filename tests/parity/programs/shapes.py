@@ -19,7 +19,9 @@ def several_sizes(device):
 @section.program()
 def two_sizes_that_change(device):
     """Both dims of the argument change, apart from each other."""
-    return calls(lambda x: (x.softmax(1) * 2, x.t() + 1), lambda n: (randn(n % 10, n // 10, device=device),), sizes=(34, 37, 59))
+    return calls(
+        lambda x: (x.softmax(1) * 2, x.t() + 1), lambda n: (randn(n % 10, n // 10, device=device),), sizes=(34, 37, 59)
+    )
 
 
 @section.program()
@@ -62,9 +64,7 @@ def joined_rows_in_training(device):
         z = torch.cat([x, x], dim=0) @ w
         return z @ z.t()
 
-    return calls(
-        function, lambda n: (randn(n, 4, device=device), randn(4, 4, device=device, grad=True)), training=True
-    )
+    return calls(function, lambda n: (randn(n, 4, device=device), randn(4, 4, device=device, grad=True)), training=True)
 
 
 @section.program()
@@ -86,7 +86,10 @@ def result_of_a_given_dtype(device):
     def function(x, y, out):
         return torch.logical_xor(x, y, out=out) * 2
 
-    return calls(function, lambda n: (*(randn(n, 3, device=device) for _ in range(2)), torch.zeros(n, 3, dtype=torch.float16).to(device)))
+    return calls(
+        function,
+        lambda n: (*(randn(n, 3, device=device) for _ in range(2)), torch.zeros(n, 3, dtype=torch.float16).to(device)),
+    )
 
 
 @section.program()

@@ -44,7 +44,9 @@ def optimizer_compiled(device):
 
     def flow(compile):
         model = _mlp(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.05).to(device), capturable=device.type == "cuda")
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=torch.tensor(0.05).to(device), capturable=device.type == "cuda"
+        )
         step = compile(lambda: optimizer.step())
         for seed in range(5):
             torch.manual_seed(seed)
