@@ -161,8 +161,9 @@ def _hangs(device):
 
 def test_the_sweep_outlives_programs_that_crash_or_hang(device):
     program = next(p for p in PROGRAMS if p.name == "views of arguments")
-    programs = [_program(_crashes), program, _program(_hangs)]
-    found = {outcome.name: outcome for outcome in sweep(programs, device, jobs=3, seconds=40.0)}
+    found = {outcome.name: outcome for outcome in sweep([_program(_crashes), program], device, jobs=2)}
     assert found["_crashes"].ours.problem == "the process ended: 3"
-    assert found["_hangs"].ours.problem == "no answer within 40 s"
     assert not found["views of arguments"].failed
+    (outcome,) = sweep([_program(_hangs)], device, jobs=2, seconds=2.0)
+    assert outcome.ours.problem == "no answer within 2 s"
+    assert outcome.failed

@@ -36,7 +36,7 @@ def sweep(programs: Sequence[Program], device: torch.device, jobs: int, seconds:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else an import starts threads there
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.parity.catalogue", "tests.parity.judge"])
-    waiting = list(reversed(programs))
+    waiting = list(programs)  # taken from the end, where those are that compile for longest
     working: dict[Connection, _Worker] = {}
     ended: list[Any] = []
     while waiting or working:
