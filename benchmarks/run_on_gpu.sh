@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the tests marked `cuda`, the demos, the benchmarks. Logs, rows and plots go to
-# the folder given (default: benchmarks/results), and all of them to results.tar.gz there; a short table comes last.
+# Everything that needs a GPU, in one go: the tests marked `cuda`, capture parity, the demos, the benchmarks. Logs, rows and
+# plots go to the folder given (default: benchmarks/results), and all of them to results.tar.gz there; a short table comes
+# last.
 #
-#   PARTS="tests demos suite"   only some of these; the suite alone takes up to MINUTES
+#   PARTS="tests parity demos suite"   only some of these; the suite alone takes up to MINUTES
 #   MINUTES=12                  the suite starts nothing after that, and says what it left out
 #   TOPICS="serving memory"     only these topics of the suite
 #   COMMIT=abc1234              where the history of the repository is not there to ask
@@ -14,7 +15,7 @@ mkdir -p "$out"
 work=$out
 [ -n "${PACK:-}" ] && work=$(mktemp -d)
 python=${PYTHON:-python3}
-parts=" ${PARTS:-tests demos suite} "
+parts=" ${PARTS:-tests parity demos suite} "
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$work/gpu.txt"
 
@@ -22,6 +23,10 @@ if [[ $parts == *" tests "* ]]; then
     # Memory is measured in tests/gpu/test_capture.py, so it has the GPU to itself; the rest may share it.
     "$python" -m pytest -q -n 0 -m cuda tests/gpu/test_capture.py >"$work/capture.log" 2>&1
     "$python" -m pytest -q -n 8 -m cuda tests/gpu --deselect tests/gpu/test_capture.py >"$work/end_to_end.log" 2>&1
+fi
+if [[ $parts == *" parity "* ]]; then
+    "$python" -m tests.parity --device cuda --jobs 16 --json "$work/parity.json" ${COMMIT:+--commit "$COMMIT"} \
+        >"$work/parity.txt" 2>&1
 fi
 if [[ $parts == *" demos "* ]]; then
     for model in ${MODELS:-mlp llama minilm}; do
@@ -43,6 +48,7 @@ fi
             tail -n 1 "$log"
         done
     fi
+    [[ $parts == *" parity "* ]] && grep -E "^(\||\*\*)" "$work/parity.txt" | cut -c1-180
     [[ $parts == *" demos "* ]] && tail -n 20 "$work"/demo_*.txt
     # The end table of the suite: from its header on.
     [[ $parts == *" suite "* ]] && sed -n '/^topic  /,$p' "$work/suite.txt"
