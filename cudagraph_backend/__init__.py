@@ -68,7 +68,8 @@ def configure(**options: Any) -> dict[str, Any]:
 
     They are checked at once, add to what earlier calls have set, and hold for what is compiled from now on. Option by
     option (``inductor``: setting by setting) they win over the environment variable ``SHAREDGRAPH_OPTIONS``, and the
-    ``mode`` and ``options`` of ``torch.compile`` over them. ``reset()`` leaves them alone; ``unconfigure()`` forgets them.
+    ``mode`` and ``options`` of ``torch.compile`` over them. ``reset()`` leaves them alone; ``unconfigure()`` forgets
+    them.
 
     Raises:
         OptionError: an unknown name, a wrong type or an impossible value; nothing is set then.

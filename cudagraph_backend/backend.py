@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -67,7 +68,7 @@ class Backend:
     def configure(self, **options: Any) -> dict[str, Any]:
         """Set options that hold where a compilation does not give them; returns all that are set so."""
         self._configured = merged_options((self._configured, checked_options(options)))
-        return dict(self._configured)
+        return copy.deepcopy(self._configured)
 
     def unconfigure(self) -> None:
         """Forget all that ``configure`` has set."""

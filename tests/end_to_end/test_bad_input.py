@@ -37,11 +37,6 @@ def test_wrong_options(options, message):
     assert isinstance(raised.value, sg.OptionError) or isinstance(raised.value.inner_exception, sg.OptionError)
 
 
-def test_mode_is_refused():
-    with pytest.raises(Exception, match="mode: got 'reduce-overhead'; accepted is none"):
-        torch.compile(lambda x: x * 2, backend="sharedgraph", mode="reduce-overhead")(torch.randn(3))
-
-
 def test_driver_off_runs_the_compiled_region(device):
     x = torch.randn(5, device=device)
     torch.testing.assert_close(run(lambda x: x * 2, x, driver="off"), x * 2)

@@ -215,3 +215,28 @@ def test_outputs_that_are_arguments_parameters_or_views(device):
                 if isinstance(b, torch.Tensor):
                     torch.testing.assert_close(a, b)
                     assert (a.stride(), a.storage_offset()) == (b.stride(), b.storage_offset())
+
+
+@pytest.mark.parametrize("reset", [torch._dynamo.reset, sg.reset])
+def test_marks_of_steps_end_with_a_reset(reset, device):
+    """Every call is a step again, as in a new process: an output is overwritten by the second call from it."""
+
+    def overwrites():
+        compiled = torch.compile(lambda x: x * x * x, backend="sharedgraph", options={"on_overwrite": "error"})
+        with torch.no_grad():
+            x = torch.rand(4, device=device)
+            first, second = compiled(x), compiled(x)
+            torch.testing.assert_close(second, x * x * x)
+            try:
+                torch.testing.assert_close(first + 0, x * x * x)
+            except RuntimeError as error:
+                return "is used after a later step has overwritten it" in str(error)
+        return False
+
+    assert overwrites()
+    torch.compiler.cudagraph_mark_step_begin()
+    assert not overwrites()  # no step has begun since
+    reset()
+    assert overwrites()
+    torch.compiler.cudagraph_mark_step_begin()
+    assert not overwrites()

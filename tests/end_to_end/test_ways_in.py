@@ -1,4 +1,4 @@
-"""Accepted ways in: modes, options from elsewhere, and what of torch and Hugging Face calls the backend for the user."""
+"""Accepted ways in: modes, options from elsewhere, and what of torch and Hugging Face calls the backend."""
 
 from __future__ import annotations
 
@@ -293,8 +293,8 @@ print(json.dumps([stats.captures, stats.replays, stats.fallbacks, compilations])
 
 
 def test_the_precompile_cache_neither_gives_nor_takes(device, tmp_path):
-    """It knows functions by name and line alone, and would answer with Inductor's code, in which nothing is captured."""
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    """It knows functions by name and line alone, and would answer with Inductor's code, which captures nothing."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "SHAREDGRAPH_OPTIONS": '{"capture": "always"}'}
     (tmp_path / "script.py").write_text(PRECOMPILED)
 
     def run(*backends):
@@ -329,8 +329,8 @@ def test_compile_config_as_it_comes(device):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval().to(device)
     ids = torch.randint(1, 64, (2, 5), device=device)
-    settings = dict(max_new_tokens=6, do_sample=False, cache_implementation="static", output_logits=True)
-    settings |= dict(return_dict_in_generate=True)
+    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
     with without_compiling(model):
         expected = model.generate(ids, **settings)
     how = CompileConfig(backend="sharedgraph")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
 
+from cudagraph_backend.backend import Backend
 from cudagraph_backend.errors import OptionError
-from cudagraph_backend.options import Options, parse_options
+from cudagraph_backend.options import (
+    Options,
+    checked_options,
+    environment_options,
+    merged_options,
+    mode_options,
+    options_of,
+    parse_options,
+)
 
 ACCEPTED = [
     ("capture_sizes", "auto", "auto"),
@@ -155,3 +165,133 @@ def test_a_later_change_of_the_users_dict_changes_nothing():
     assert options.capture_sizes == (4, 8)
     assert options.inductor == {"max_autotune": True}
     assert options.fill == {"labels": -100}
+
+
+# ---- options from several places
+
+
+def test_without_any_the_defaults_hold():
+    assert options_of(None, None, {}, None) == options_of({}, "default", {}, "") == Options()
+
+
+PLACES = ["environment", "configured", "mode", "given"]
+
+
+@pytest.mark.parametrize("places", [PLACES[first:end] for end in range(1, 5) for first in range(end)])
+def test_the_later_place_wins(places: list[str]):
+    """In the order of PLACES; the mode says something of Inductor's settings alone."""
+    sizes = {place: [8 * (1 + i)] for i, place in enumerate(PLACES)}
+    settings = {"environment": False, "configured": False, "mode": True, "given": False}
+    said = {p: {"capture_sizes": sizes[p], "inductor": {"max_autotune": settings[p]}} for p in places}
+    options = options_of(
+        said.get("given"),
+        "max-autotune" if "mode" in places else None,
+        checked_options(said.get("configured")),
+        json.dumps(said["environment"]) if "environment" in places else None,
+    )
+    of_sizes = [place for place in places if place != "mode"]
+    assert options.capture_sizes == (tuple(sizes[of_sizes[-1]]) if of_sizes else "auto")
+    assert options.inductor["max_autotune"] is settings[places[-1]]
+
+
+def test_settings_of_inductor_are_merged_one_by_one_and_all_else_option_by_option():
+    layers = [
+        {"inductor": {"max_autotune": True, "epilogue_fusion": True}, "fill": {"x": 1, "y": 2}, "strict": True},
+        {"inductor": {"epilogue_fusion": False}, "fill": {"x": 3}},
+        {"inductor": {}},
+    ]
+    before = json.dumps(layers)
+    assert merged_options(layers) == {
+        "inductor": {"max_autotune": True, "epilogue_fusion": False},
+        "fill": {"x": 3},
+        "strict": True,
+    }
+    assert json.dumps(layers) == before
+
+
+def test_a_setting_is_one_however_it_is_spelled():
+    options = options_of({"inductor": {"max-autotune": False}}, "max-autotune", {}, None)
+    assert options.inductor["max_autotune"] is False
+    assert set(options.inductor) == {"max_autotune", "coordinate_descent_tuning"}
+
+
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_modes_that_say_nothing(mode: str | None):
+    assert options_of(None, mode, {}, None) == Options()
+
+
+@pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
+def test_modes_that_tune_say_what_torch_says_without_graphs(mode: str):
+    settings = mode_options(mode)["inductor"]
+    assert settings["max_autotune"] is True
+    stocks = torch._inductor.list_mode_options(mode)
+    assert settings == {name: value for name, value in stocks.items() if name != "triton.cudagraphs"}
+    assert checked_options({"inductor": settings}) == {"inductor": settings}
+
+
+@pytest.mark.parametrize("mode", ["", "lite", "Default", "max_autotune", 3, ["default"], True])
+def test_another_mode_lists_those_that_are_accepted(mode: Any):
+    with pytest.raises(OptionError) as caught:
+        mode_options(mode)
+    accepted = "None, 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'"
+    assert str(caught.value).startswith(f"mode: got {mode!r}; accepted is {accepted}")
+    assert "options={'inductor': {...}}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "given", "parsed"), ACCEPTED)
+def test_the_environment_accepts_what_json_can_say_of_the_same_values(name: str, given: Any, parsed: Any):
+    text = json.dumps({name: list(given) if isinstance(given, range) else given})
+    assert environment_options(text) == {name: parsed}
+
+
+@pytest.mark.parametrize("text", ["pad", "{", "{'pad': 'off'}", "[]", "null", "3", '"pad"', "true", " "])
+def test_what_is_no_json_object_names_the_variable(text: str):
+    with pytest.raises(OptionError) as caught:
+        environment_options(text)
+    message = str(caught.value)
+    assert message.startswith(f"environment variable SHAREDGRAPH_OPTIONS: got {text!r}; accepted is a JSON object")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pad": "never"}, "option 'pad': got 'never'; accepted is one of 'prove'"),
+        ({"strict": 1}, "option 'strict': got 1; accepted is True or False"),
+        ({"padd": "off"}, "option 'padd' is unknown; accepted are capture_sizes, pad"),
+        ({"inductor": {"triton.cudagraphs": True}}, "option 'inductor': got "),
+    ],
+)
+def test_a_bad_option_in_the_environment_names_the_variable(given: dict[str, Any], message: str):
+    with pytest.raises(OptionError) as caught:
+        options_of({"pad": "off"}, None, {}, json.dumps(given))
+    assert str(caught.value).startswith(f"environment variable SHAREDGRAPH_OPTIONS: {message}")
+
+
+# ---- configure
+
+
+def test_configure_adds_to_what_is_configured_and_tells_all_of_it():
+    backend = Backend()
+    assert backend.configure() == {}
+    assert backend.configure(pad="off", inductor={"max_autotune": True}) == {
+        "pad": "off",
+        "inductor": {"max_autotune": True},
+    }
+    told = backend.configure(strict=True, inductor={"epilogue_fusion": False})
+    assert told == {"pad": "off", "strict": True, "inductor": {"max_autotune": True, "epilogue_fusion": False}}
+    told["pad"] = "prove"  # a copy
+    told["inductor"]["max_autotune"] = False
+    assert backend.configure(pad="assume")["inductor"] == {"max_autotune": True, "epilogue_fusion": False}
+    backend.reset()
+    assert backend.configure()["pad"] == "assume"
+    backend.unconfigure()
+    assert backend.configure() == {}
+
+
+def test_a_bad_option_is_told_at_once_and_nothing_is_set():
+    backend = Backend()
+    with pytest.raises(OptionError, match="option 'pad': got 'never'"):
+        backend.configure(strict=True, pad="never")
+    with pytest.raises(OptionError, match="option 'padd' is unknown"):
+        backend.configure(strict=True, padd="off")
+    assert backend.configure() == {}

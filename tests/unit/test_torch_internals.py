@@ -20,8 +20,10 @@ from cudagraph_backend.torch_internals import (
     addresses_equal,
     current_step,
     expr,
+    forget_marked_steps,
     outside_inference_mode,
     storage_users,
+    take_graph_override,
     with_allocator,
 )
 from tests.unit.test_analysis import captured
@@ -330,3 +332,21 @@ def test_the_base_of_views_is_no_input_of_the_call():
     with torch.no_grad():
         torch.compile(lambda x, y: (x.add_(1), y * 2), backend=aot_autograd(fw_compiler=compiler))(base[:3], base[1:])
     assert seen == [None]
+
+
+def test_forgotten_marks_count_no_more():
+    before = current_step()
+    torch.compiler.cudagraph_mark_step_begin()
+    assert current_step() != before
+    forget_marked_steps()
+    assert current_step() == before
+    torch.compiler.cudagraph_mark_step_begin()
+    assert current_step() != before
+
+
+def test_an_override_is_taken_off_the_graph():
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    assert take_graph_override(gm) == (None, None)
+    gm.meta["cudagraph_annotation"] = SimpleNamespace(fwd=False, bwd=True)
+    assert take_graph_override(gm) == (False, True)
+    assert take_graph_override(gm) == (None, None)
