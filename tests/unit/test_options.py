@@ -91,7 +91,7 @@ def test_nothing_given_is_the_defaults():
 
 
 def test_the_defaults_are_those_of_the_design():
-    expected = ("auto", "prove", "replica", "preserve", "auto", "auto", False, 512, "off", {})
+    expected = ("auto", "prove", "replica", "preserve", "auto", "auto", False, 512, "off", (), {})
     assert dataclasses.astuple(Options()) == expected
 
 
