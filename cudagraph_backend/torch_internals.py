@@ -426,10 +426,16 @@ def subgraphs_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
 
 def submodule_of(node: torch.fx.Node) -> torch.fx.GraphModule | None:
     """The graph that a node gives to a higher-order operator; ``None`` if it gives anything else."""
+    found = attribute_of(node)
+    return found if isinstance(found, torch.fx.GraphModule) else None
+
+
+def attribute_of(node: torch.fx.Node) -> Any:
+    """What a ``get_attr`` node reads; ``None`` if its graph has no module, or that not this attribute."""
     found: Any = node.graph.owning_module
     for name in str(node.target).split("."):
         found = getattr(found, name, None)
-    return found if isinstance(found, torch.fx.GraphModule) else None
+    return found
 
 
 def calls_its_graph(target: torch._ops.HigherOrderOperator) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -26,13 +27,16 @@ from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
+    attribute_of,
     calls_its_graph,
     expr,
+    flat_arguments,
     is_backed,
     is_higher_order,
     is_operator,
     operator_schema,
     submodule_of,
+    symbols_of,
 )
 
 _CAPTURABLE_DEVICES = ("cuda", "cpu")
@@ -114,9 +118,15 @@ def tensors_of(node: Node) -> Iterator[torch.Tensor]:
     """The tensors that a node gives; tokens are none."""
     if is_token(node):
         return iter(())
+    return (v for v in leaves(value_of(node)) if isinstance(v, torch.Tensor))
+
+
+def value_of(node: Node) -> Any:
+    """What is known of a node's value, tokens apart; of several results, perhaps, only of those that are read."""
     value = node.meta.get("val")
-    value = value[1:] if has_token(node) and isinstance(value, (list, tuple)) else value
-    return (v for v in leaves(value) if isinstance(v, torch.Tensor))
+    if value is None and is_higher_order(node.target):
+        return [value_of(user) for user in node.users if user.target is operator.getitem and not is_token(user)]
+    return value[1:] if has_token(node) and isinstance(value, (list, tuple)) else value
 
 
 def _devices(node: Node) -> set[torch.device]:
@@ -186,12 +196,17 @@ def _reason_against(target: Any, unsafe: Collection[str]) -> str | None:
 
 def _refused_inside(node: Node, unsafe: Collection[str]) -> Refusal | None:
     """Why what a higher-order operator runs can't be captured."""
-    on_gpu = any(device.type == "cuda" for device in _devices(node))
+    devices = set[torch.device]().union(*map(_devices, (node, *node.all_input_nodes)))
+    on_gpu = any(device.type == "cuda" for device in devices)
     for target in (node.target, *wrapped(node)):
         if is_higher_order(target) and target.name() in _STATE_ON_THE_HOST and on_gpu:
             return _refuse(node, "the state of a random number generator is read or set on the host")
         if (reason := _reason_against(target, unsafe)) is not None:
             return Refusal(reason, op=str(target), source=source_line(node))
+    if symbols_made(node):
+        return _refuse(node, "a size is known only when it has run")
+    if any(read.op == "get_attr" and attribute_of(read) is None for read in node.all_input_nodes):
+        return _refuse(node, "what it runs can't be found")
     refusal = next((r for inner in nodes_inside(node) if (r := _refused_op(inner, unsafe))), None)
     return refusal and replace(refusal, source=refusal.source or source_line(node))
 
@@ -221,8 +236,20 @@ def _refused_wait(node: Node, unsafe: Collection[str]) -> Refusal | None:
     return _refused_op(begun, unsafe)
 
 
+def symbols_in(node: Node) -> frozenset[sympy.Symbol]:
+    """The symbols in a node's value."""
+    return frozenset().union(*map(symbols_of, leaves(value_of(node))))
+
+
+def symbols_made(node: Node) -> frozenset[sympy.Symbol]:
+    """Symbols that nothing which a node is given has: what they stand for is first known when it has run."""
+    if not (symbols := symbols_in(node)) or node.op != "call_function":
+        return frozenset()
+    return symbols.difference(*map(symbols_in, node.all_input_nodes), *map(symbols_of, flat_arguments(node)))
+
+
 def _has_unbacked_size(node: Node) -> bool:
-    for value in leaves(node.meta.get("val")):
+    for value in leaves(value_of(node)):
         sizes: tuple[Any, ...] = (value,)
         if isinstance(value, torch.Tensor):
             sizes = (*value.shape, *value.stride(), value.storage_offset())

@@ -11,20 +11,17 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from cudagraph_backend.analysis.capturable import op_refusal
+from cudagraph_backend.analysis.capturable import op_refusal, symbols_in, symbols_made
 from cudagraph_backend.analysis.inputs import input_refusals, size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.operators import has_token, is_token, read_by
-from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.region import SizeInput
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
     expr,
-    is_backed,
     mark_visible,
     module_of,
-    symbols_of,
     visible_outputs,
 )
 
@@ -177,9 +174,9 @@ class _Cutter:
         for node in reads:
             if not isinstance(node.meta.get("val"), (torch.Tensor, *SYMBOLIC)) and node.op != "placeholder":
                 raise CannotSplit(f"{node} is neither a tensor nor a size")
-        made = {symbol for node in inside for symbol in _symbols_made(node)}
+        made = {symbol for node in inside for symbol in symbols_made(node)}
         numbers = {expr(node.meta["val"]) for node in reads if isinstance(node.meta["val"], SYMBOLIC)}
-        needed = {symbol for node in (*inside, *reads) for symbol in _symbols(node)} - made - numbers
+        needed = {symbol for node in (*inside, *reads) for symbol in symbols_in(node)} - made - numbers
         givers = [self._giver(symbol, index, reads) for symbol in sorted(needed, key=str)]
         return [*(giver for giver in givers if giver is not None), *reads]
 
@@ -237,19 +234,10 @@ def _sink_tokens(graph: Graph) -> None:
     tokens = []
     for node in [node for node in graph.nodes if has_token(node)]:
         tokens.append(graph.call_function(operator.getitem, (node, 0)))
-        tokens[-1].meta["val"] = node.meta["val"][0]
+        tokens[-1].meta["val"] = node.args[0].meta["val"]  # type: ignore[union-attr]
     if tokens:
         graph.call_function(torch.ops.prims._sink_tokens.default, (tokens,)).meta["val"] = None
 
 
 def _is_argument(value: Value) -> bool:
     return isinstance(value, Node) and value.op == "placeholder"
-
-
-def _symbols(node: Node) -> frozenset[sympy.Symbol]:
-    return frozenset().union(*map(symbols_of, leaves(node.meta.get("val"))))
-
-
-def _symbols_made(node: Node) -> frozenset[sympy.Symbol]:
-    """Symbols whose values depend on data and are first known when ``node`` has run."""
-    return frozenset(s for s in _symbols(node).difference(*map(_symbols, node.all_input_nodes)) if not is_backed(s))

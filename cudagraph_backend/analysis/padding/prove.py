@@ -204,7 +204,7 @@ class _Walk:
             return ()
         if target.name() == "invoke_subgraph":
             return self._inside(node)
-        if (found := RULES.get(rule_name(target))) is None:
+        if (found := RULES.get(rule_name(target))) is None or node.meta.get("val") is None:
             raise RefusePadding("no padding rule for what it does")
         if any(map(depends_on_size, reached)):
             raise RefusePadding("the padded size reaches values through its arguments")

@@ -1,0 +1,277 @@
+"""Higher-order operators: nested regions are walked, FlexAttention has a rule, and of the others nothing is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from tests.unit.padding.oracle import Region, dynamic, refute, region, regions
+
+SEQUENCE = 128
+
+
+@torch.library.custom_op("padding_unit::bump", mutates_args=("x",))
+def bump(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+@torch.compiler.nested_compile_region
+def block(x, w):
+    return (x @ w).relu() + x
+
+
+@torch.compiler.nested_compile_region
+def centred(x, w):
+    return x @ w - (x @ w).mean(0)
+
+
+@torch.compiler.nested_compile_region
+def total(x, w):
+    return x.sum(0) @ w
+
+
+@torch.compiler.nested_compile_region
+def outer(x, w):
+    return block(x, w) * 2
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return dynamic(torch.randn(shape or (5, 4)))
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(4, 4)
+
+
+def holds(one: Region, target: Any) -> bool:
+    return bool(one.module.graph.find_nodes(op="call_function", target=target))
+
+
+# ------------------------------------------------------------------------------------------------ nested regions
+
+SAFE = {
+    "twice": lambda x, w: block(block(x, w), w) + 1,
+    "of a view": lambda x, w: block(block(x[:, None], w), w),
+    "two levels": lambda x, w: outer(outer(x, w), w).softmax(-1),
+    "of what is free of rows": lambda x, w: x + centred(centred(w, w), w)[:1],
+}
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_a_nested_region_is_walked(name):
+    found = region(SAFE[name], rows(), weight())
+    assert holds(found, torch.ops.higher_order.invoke_subgraph)
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert refute(found, verdict) is None
+
+
+def test_what_a_nested_region_mixes_is_refused_with_its_line():
+    verdict = region(lambda x, w: centred(centred(x, w), w) + 1, rows(), weight()).prove(masked=True)
+    assert verdict.refusal is not None
+    assert "aten." in str(verdict.refusal.op)
+    assert "in centred: return x @ w - (x @ w).mean(0)" in str(verdict.refusal.source)
+
+
+def test_facts_about_padded_rows_go_in():
+    """A sum is right if padded rows are zeros. No mask is put into a nested region."""
+    found = region(lambda x, w: total(x, w) + total(x.abs(), w), rows(), weight())
+    verdict = found.prove(fill="zero")
+    assert verdict.refusal is None
+    assert verdict.needs_fill
+    assert refute(found, verdict, "zero") is None
+    refusal = found.prove(fill="replica", masked=True).refusal
+    assert refusal is not None
+    assert refusal.op == "aten.sum.dim_IntList"
+
+
+def test_a_nested_region_that_was_traced_for_another_size_is_refused():
+    found = region(SAFE["twice"], rows(), weight())
+    call, *_ = found.module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+    inside = getattr(found.module, call.args[0].target).graph.find_nodes(op="placeholder")
+    other = torch.empty(7, 4)
+    next(node for node in inside if isinstance(node.meta["val"], torch.Tensor)).meta["val"] = other
+    refusal = found.prove().refusal
+    assert refusal is not None
+    assert refusal.reason == "it was traced with arguments of other sizes"
+
+
+# ------------------------------------------------------------------------------------------------ opaque ones
+
+
+def test_an_operator_behind_a_wrapper_is_named():
+    def function(x):
+        y = x * 2
+        bump(y)
+        return y + 1
+
+    refusal = region(function, rows()).prove(masked=True).refusal
+    assert refusal is not None
+    assert refusal.op == "padding_unit.bump.default"
+    assert refusal.reason == "no padding rule for what it does"
+    assert "in function: bump(y)" in str(refusal.source)
+
+
+def test_a_wrapper_that_no_row_reaches_is_safe():
+    def function(x, w):
+        y = w * 2
+        bump(y)
+        return x @ y
+
+    found = region(function, rows(), weight())
+    assert holds(found, torch.ops.higher_order.auto_functionalized_v2)
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert refute(found, verdict) is None
+
+
+def test_a_wrapper_that_the_padded_size_reaches_is_refused():
+    def function(x, w):
+        y = w.new_zeros(x.shape[0], 4)
+        bump(y)
+        return x + y
+
+    assert region(function, rows(), weight()).prove().refusal is not None
+
+
+# ------------------------------------------------------------------------------------------------ FlexAttention
+
+
+def inputs(batch: int = 3) -> tuple[torch.Tensor, ...]:
+    return tuple(dynamic(torch.randn(batch, 2, SEQUENCE, 16)) for _ in range(3))
+
+
+def causal(b, h, q, k):
+    return q >= k
+
+
+def attention(score: Callable[..., Any] | None = None, mask: BlockMask | None = None) -> Callable[..., Any]:
+    return lambda q, k, v: flex_attention(q, k, v, score_mod=score, block_mask=mask) + 1
+
+
+def shared_mask() -> BlockMask:
+    return create_block_mask(causal, None, None, SEQUENCE, SEQUENCE, device="cpu")
+
+
+def by_head(bias):
+    return lambda score, b, h, q, k: score + bias[h]
+
+
+def by_batch(bias):
+    return lambda score, b, h, q, k: score + bias[b]
+
+
+SAFE_ATTENTION = {
+    "plain": lambda: attention(),
+    "a mask for all": lambda: attention(mask=shared_mask()),
+    "a captured tensor by head": lambda: attention(by_head(torch.randn(2))),
+    "the batch's number alone": lambda: attention(lambda score, b, h, q, k: score * (b + 1)),
+}
+
+
+@pytest.mark.parametrize("name", SAFE_ATTENTION)
+def test_flex_attention_along_the_batch(name):
+    found = region(SAFE_ATTENTION[name](), *inputs())
+    assert holds(found, torch.ops.higher_order.flex_attention)
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert not verdict.needs_fill
+    assert refute(found, verdict, tolerance=1e-4) is None
+
+
+def test_replicas_stay_replicas_unless_the_batch_is_counted():
+    def largest(score: Callable[..., Any] | None) -> Callable[..., Any]:
+        return lambda q, k, v: flex_attention(q, k, v, score_mod=score).amax(0)
+
+    assert region(largest(None), *inputs()).prove().refusal is None
+    assert region(largest(lambda score, b, h, q, k: score * (b + 1)), *inputs()).prove().refusal is not None
+
+
+def with_blocks(q, k, v, counts, indices):
+    mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=SEQUENCE, mask_mod=causal)
+    return flex_attention(q, k, v, block_mask=mask) + 1
+
+
+def blocks(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    counts, indices = torch.ones(batch, 1, 1, dtype=torch.int32), torch.zeros(batch, 1, 1, 1, dtype=torch.int32)
+    return dynamic(counts), dynamic(indices)
+
+
+def test_a_mask_with_the_rows_of_the_batch_must_be_valid_in_padded_rows():
+    found = region(with_blocks, *inputs(), *blocks())
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert verdict.needs_fill, "padded rows that hold anything hold no valid index"
+    assert refute(found, verdict, tolerance=1e-4) is None
+
+
+@pytest.mark.parametrize("kind", ["sized", "table"])
+def test_captured_tensors_by_batch_are_refused(kind):
+    """Of a table's rows beyond the batch nothing is known, not even that they are there."""
+    if kind == "sized":
+        found = region(
+            lambda q, k, v, bias: flex_attention(q, k, v, score_mod=by_batch(bias)), *inputs(), dynamic(torch.randn(3))
+        )
+    else:
+        table = torch.randn(8)
+        found = region(lambda q, k, v: flex_attention(q, k, v, score_mod=by_batch(table)), *inputs())
+    refusal = found.prove(masked=True).refusal
+    assert refusal is not None
+    assert ("captured tensor" if kind == "table" else "the padded size reaches values") in refusal.reason
+    assert refusal.op == "flex_attention"
+
+
+def test_flex_attention_along_the_sequence_is_refused():
+    q, k, v = (dynamic(torch.randn(3, 2, SEQUENCE, 16), 2) for _ in range(3))
+    refusal = region(attention(), q, k, v).prove(masked=True).refusal
+    assert refusal is not None
+
+
+def test_flex_attention_of_keys_that_all_rows_share():
+    q = inputs()[0]
+    k, v = torch.randn(1, 2, SEQUENCE, 16), torch.randn(1, 2, SEQUENCE, 16)
+    found = region(with_blocks, q, k, v, *blocks())
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert refute(found, verdict, tolerance=1e-4) is None
+
+
+@pytest.fixture
+def gradients_on_the_cpu(monkeypatch):
+    """FlexAttention computes them there, but does not offer it."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+
+
+def with_gradients(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def test_flex_attention_backward(gradients_on_the_cpu):
+    _, backward = regions(attention(mask=shared_mask()), *with_gradients(*inputs()), grad=True)
+    assert holds(backward, torch.ops.higher_order.flex_attention_backward)
+    verdict = backward.prove()
+    assert verdict.refusal is None
+    assert refute(backward, verdict, tolerance=1e-4) is None
+
+
+def test_gradients_that_are_sums_over_the_batch_are_refused(gradients_on_the_cpu):
+    q, *_ = inputs()
+    shared = torch.randn(1, 2, SEQUENCE, 16), torch.randn(1, 2, SEQUENCE, 16)
+    _, backward = regions(with_blocks, *with_gradients(q, *shared), *blocks(), grad=True)
+    refusal = backward.prove(masked=True).refusal
+    assert refusal is not None
+    assert refusal.reason == "sums over the padded rows"
+
+
+def test_gradients_of_captured_tensors_are_refused(gradients_on_the_cpu):
+    bias = torch.randn(2, requires_grad=True)
+    _, backward = regions(
+        lambda q, k, v: flex_attention(q, k, v, score_mod=by_head(bias)), *with_gradients(*inputs()), grad=True
+    )
+    refusal = backward.prove(masked=True).refusal
+    assert refusal is not None
+    assert "gradient of a captured tensor" in refusal.reason
