@@ -18,7 +18,7 @@ from cudagraph_backend.errors import OptionError
 from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options, parse_options
 from cudagraph_backend.region import Kind, Region
-from cudagraph_backend.replay import Replayer
+from cudagraph_backend.replay import CutOut, Replayer
 from cudagraph_backend.torch_internals import Compiled
 
 
@@ -115,8 +115,8 @@ class _FrameCompile:
             replayer=self._replayer,
         ).compile(gm, example_inputs)
 
-    def _replayer(self, region: Region, compiled: Compiled) -> Replayer:
-        return Replayer(region, compiled, self.options, self.backend.register, self.backend.device)
+    def _replayer(self, region: Region, compiled: Compiled, cut_out: CutOut | None = None) -> Replayer:
+        return Replayer(region, compiled, self.options, self.backend.register, self.backend.device, cut_out)
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

@@ -14,12 +14,14 @@ from cudagraph_backend.analysis.capturable import op_refusal
 from cudagraph_backend.analysis.inputs import input_refusals, size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.padding.call import leaves
+from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.region import SizeInput
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
     expr,
     is_backed,
+    is_operator,
     mark_visible,
     module_of,
     symbols_of,
@@ -28,6 +30,8 @@ from cudagraph_backend.torch_internals import (
 
 Value: TypeAlias = "Node | sympy.Symbol"
 """What parts read: an input or result of the region's graph, or a size that is read from one of its arguments."""
+
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +67,22 @@ class Split:
         return any(value in part.reads for part in self.parts)
 
 
-def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.device) -> Split | None:
+def split(
+    module: GraphModule, example_inputs: Sequence[Any], device: torch.device, failed: Mapping[str, str] = _NOTHING
+) -> Split | None:
     """The parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
 
-    The region's own graph stays as it is.
+    ``failed`` are operators whose capture was tried, and why it failed. The region's own graph stays as it is.
 
     Raises:
         CannotSplit: a part would need what it can't be given.
     """
     flow = Flow(module.graph)
     inputs = input_refusals(module.graph, example_inputs)
-    judged = ((node, op_refusal(node, device) or _refused_read(flow, node, inputs)) for node in module.graph.nodes)
+    judged = (
+        (node, op_refusal(node, device) or _refused_read(flow, node, inputs) or _failed_before(node, failed))
+        for node in module.graph.nodes
+    )
     unfit = {node: refusal for node, refusal in judged if refusal is not None}
     refused = {node: unfit[node] for node in flow.operators if node in unfit}
     part_of = parts_of(flow, refused)
@@ -82,6 +91,13 @@ def split(module: GraphModule, example_inputs: Sequence[Any], device: torch.devi
     if all(refusals) or not any(refusals):
         return None
     return _Cutter(module, example_inputs, flow, part_of, refusals, unfit).split()
+
+
+def _failed_before(node: Node, failed: Mapping[str, str]) -> Refusal | None:
+    """Why an operator can't be captured, or one that it is given to call."""
+    names = (str(target) for target in (node.target, *node.args) if is_operator(target))
+    found = next((name for name in names if name in failed), None)
+    return None if found is None else Refusal(f"its capture failed: {failed[found]}", found, source_line(node))
 
 
 def _refused_read(flow: Flow, node: Node, inputs: Mapping[Node, Refusal]) -> Refusal | None:
