@@ -21,7 +21,7 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import ENVIRONMENT, Options, checked_options, merged_options, options_of
 from cudagraph_backend.region import Kind, Region
-from cudagraph_backend.replay import Replayer
+from cudagraph_backend.replay import CutOut, Replayer
 from cudagraph_backend.torch_internals import Compiled
 
 _GRAPHS_OFF = Refusal("CUDA graphs are off for this function (override_cudagraphs)")
@@ -168,8 +168,8 @@ class _FrameCompile:
             refusal=_GRAPHS_OFF if kind in self.without_graphs else None,
         ).compile(gm, example_inputs)
 
-    def _replayer(self, region: Region, compiled: Compiled) -> Replayer:
-        return Replayer(region, compiled, self.options, self.backend.register, self.backend.device)
+    def _replayer(self, region: Region, compiled: Compiled, cut_out: CutOut | None = None) -> Replayer:
+        return Replayer(region, compiled, self.options, self.backend.register, self.backend.device, cut_out)
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

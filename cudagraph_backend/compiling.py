@@ -24,6 +24,7 @@ from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import Options
 from cudagraph_backend.parts import Composition
 from cudagraph_backend.region import Kind, Region
+from cudagraph_backend.replay import CutOut
 from cudagraph_backend.torch_internals import Compiled
 
 log = logging.getLogger("cudagraph_backend")
@@ -50,7 +51,7 @@ class RegionCompile:
     names: Sequence[InputName]
     options: Options
     inductor: Mapping[str, Any]
-    replayer: Callable[[Region, Compiled], Compiled]
+    replayer: Callable[[Region, Compiled, CutOut | None], Compiled]
     refusal: Refusal | None = None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -75,7 +76,7 @@ class RegionCompile:
         if self.options.strict:
             raise RefusalError(f"{region.name} can't be captured: {region.refusal}") from error
         log.debug("%s: %s", region.name, region.refusal, exc_info=error)
-        return torch_internals.boxed(self.replayer(region, compiled))
+        return torch_internals.boxed(self.replayer(region, compiled, None))
 
     def _compile_to_capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         torch_internals.trace_missing_values(gm.graph)
@@ -92,18 +93,21 @@ class RegionCompile:
         return torch_internals.boxed(moving(call, moved, device))
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        cuts = _Cuts(self, gm, example_inputs)
         region = self._analyse(gm, example_inputs, self.static)
+        cuts.keep_bounds(region)
         if region.refusal is not None and not self.options.strict:
-            composition = self._in_parts(gm, example_inputs, region)
+            composition = self._in_parts(gm, example_inputs, region, cuts)
             if composition is not None:
-                return torch_internals.boxed(composition)
+                return cuts.entry(composition)
         compiled = _inductor(gm, example_inputs, region, self.inductor)
         if not torch_internals.is_compiled_graph(compiled):
             return compiled  # nothing is computed: it only hands arguments back
         region = complete(region, compiled)
         if self.options.strict:
             _raise_refusals(region)
-        return torch_internals.boxed(self.replayer(region, compiled))
+        cuts.strides = torch_internals.output_strides(compiled) or ()
+        return cuts.entry(self.replayer(region, compiled, cuts.cut_out))
 
     def _refused_device(self, device: torch.device) -> Refusal | None:
         return self.refusal or device_refusal(device) or driver_refusal(self.options.driver, device)
@@ -117,7 +121,9 @@ class RegionCompile:
 
     # ---- parts
 
-    def _in_parts(self, gm: GraphModule, example_inputs: Sequence[Any], region: Region) -> Composition | None:
+    def _in_parts(
+        self, gm: GraphModule, example_inputs: Sequence[Any], region: Region, cuts: _Cuts
+    ) -> Composition | None:
         """The call, in parts, of a region that can't be captured as a whole; ``None`` where that isn't possible."""
         device = main_device(gm.graph)
         if self._refused_device(device):
@@ -125,7 +131,7 @@ class RegionCompile:
         try:
             torch_internals.retrace_strides(gm, example_inputs)
             cut = split(gm, example_inputs, device, unsafe_ops(self.options))
-            return None if cut is None else self._compile_parts(cut)
+            return None if cut is None else self.compile_parts(cut, cuts)
         except OptionError:
             raise
         except CannotSplit as error:
@@ -135,16 +141,18 @@ class RegionCompile:
             log.debug("where that was found", exc_info=True)
         return None
 
-    def _compile_parts(self, cut: Split) -> Composition:
+    def compile_parts(self, cut: Split, cuts: _Cuts) -> Composition:
         # All are analysed before any is compiled: Inductor bounds sizes, which is no promise of the user's.
-        regions = [self._analyse_part(part) for part in cut.parts]
+        regions = [cuts.keep_bounds(self._analyse_part(part)) for part in cut.parts]
         strides: dict[int, Any] = {}
+        stated: dict[int, Any] = {}
         done: list[tuple[Region, Compiled]] = []
         for number, (part, region) in enumerate(zip(cut.parts, regions, strict=True), start=1):
             region = dataclasses.replace(region, part=(number, len(cut.parts)))
-            done.append((region, self._compile_part(part, region, cut, strides)))
+            done.append((region, self._compile_part(part, region, cut, strides, stated)))
+        cuts.keep_strides([stated.get(slot) for slot in cut.results])
         completed = [(complete(region, compiled), compiled) for region, compiled in done]
-        calls = [self.replayer(region, compiled) for region, compiled in completed]
+        calls = [self.replayer(region, compiled, cuts.cut_out) for region, compiled in completed]
         torch_internals.report_output_strides([strides.get(slot) for slot in cut.results])  # last: the way back is open
         return Composition(cut, calls)
 
@@ -152,8 +160,10 @@ class RegionCompile:
         static = frozenset(i for i, slot in enumerate(part.reads) if slot in self.static)
         return self._analyse(part.module, part.examples, static, part.refusal)
 
-    def _compile_part(self, part: Part, region: Region, cut: Split, strides: dict[int, Any]) -> Compiled:
-        """Inductor's code for a part; ``strides`` get those of what it makes, for AOTAutograd."""
+    def _compile_part(
+        self, part: Part, region: Region, cut: Split, strides: dict[int, Any], stated: dict[int, Any]
+    ) -> Compiled:
+        """Inductor's code for a part; ``strides`` get those of what it makes, for AOTAutograd; ``stated`` as text."""
         static = self.inductor.get("static_input_idxs") or ()
         # A tuple, where a region has a list: Inductor's cache must not take a part for a region.
         indices = tuple(i for i, slot in enumerate(part.reads) if slot in static)
@@ -163,12 +173,80 @@ class RegionCompile:
             compiled = _inductor(part.module, part.examples, region, {**self.inductor, "static_input_idxs": indices})
         if not torch_internals.is_compiled_graph(compiled):
             raise CannotSplit("a part computes nothing")
-        stated = torch_internals.output_strides(compiled) or [None] * len(traced)
-        for slot, value, stride in zip(part.makes, traced, stated, strict=True):
+        texts = torch_internals.output_strides(compiled) or [None] * len(traced)
+        for slot, value, stride in zip(part.makes, traced, texts, strict=True):
             if cut.is_read(slot) and not _has_strides(value, stride, region):
                 raise CannotSplit(f"Inductor lays out what a part reads with strides {stride}")
         strides.update(zip(part.makes, reported, strict=False))
+        stated.update(zip(part.makes, texts, strict=True))
         return compiled
+
+
+class _Cuts:
+    """What it takes to compile a region again, in parts, when the capture of one of its operators has failed.
+
+    Held until something of the region is captured.
+    """
+
+    def __init__(self, compile_: RegionCompile, gm: GraphModule, example_inputs: Sequence[Any]):
+        self._compile = compile_
+        self._module = torch_internals.module_of(copy.deepcopy(gm.graph), gm)  # compiling uses up the other one
+        self._examples = example_inputs
+        self._compilation = torch_internals.Compilation(compile_.options.inductor)
+        self._failed: dict[str, str] = {}
+        self._upper: dict[Any, int | None] = {}
+        self._entry: _Entry | None = None
+        self.strides: Sequence[Any] | None = None
+
+    def entry(self, call: Compiled) -> _Entry:
+        """The region's call, which may be exchanged."""
+        self._entry = _Entry(call)
+        return self._entry
+
+    def keep_bounds(self, region: Region) -> Region:
+        """The region with the bounds of sizes as they were when it was first seen: what is compiled adds others."""
+        for dim in region.dims:
+            for symbol in dim.symbols:
+                self._upper.setdefault(symbol, dim.upper)
+        bounds = {dim.name: [b for s in dim.symbols if (b := self._upper[s]) is not None] for dim in region.dims}
+        dims = tuple(dataclasses.replace(dim, upper=min(bounds[dim.name], default=None)) for dim in region.dims)
+        return dataclasses.replace(region, dims=dims)
+
+    def keep_strides(self, strides: Sequence[Any]) -> None:
+        """What is compiled again must lay out its results as before: what reads them was compiled for that."""
+        before, self.strides = self.strides, strides
+        for old, new in zip(before or (), strides, strict=False):
+            if old is not None and new is not None and [*old] != [*new]:
+                raise CannotSplit(f"in parts, a result would have strides {new}, not {old}")
+
+    def cut_out(self, name: str, reason: str) -> None:
+        """From the next call on the region runs in parts, those around the operator captured, if that can be had."""
+        if self._entry is None or name in self._failed:
+            return
+        self._failed[name] = reason
+        try:
+            with self._compilation.resumed():
+                torch_internals.retrace_strides(self._module, self._examples)
+                device, unsafe = main_device(self._module.graph), unsafe_ops(self._compile.options)
+                cut = split(self._module, self._examples, device, unsafe, self._failed)
+                call = None if cut is None else self._compile.compile_parts(cut, self)
+        except Exception as error:  # the region as it is compiled is still there
+            # Without references to the call's frames, which hold its arguments.
+            log.info("region %d is not captured around %s: %s", self._compile.number, name, repr(error))
+            return
+        if call is not None and not torch_internals.has_lost_guards(self._module.graph):
+            self._entry.call = call
+
+
+class _Entry:
+    """The call of a region."""
+
+    def __init__(self, call: Compiled):
+        self.call = call
+        self._boxed_call = True  # AOTAutograd's mark of what takes one list of arguments, and empties it
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        return self.call(args)
 
 
 def _has_strides(value: Any, stated: Sequence[str] | None, region: Region) -> bool:

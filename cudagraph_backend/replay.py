@@ -20,7 +20,7 @@ from cudagraph_backend.outputs import Layout, apart_refusal, layout_at, make_out
 from cudagraph_backend.plan import Plan
 from cudagraph_backend.region import DynamicDim, Region
 from cudagraph_backend.staging import Where, write_back
-from cudagraph_backend.torch_internals import Compiled, current_step
+from cudagraph_backend.torch_internals import Compiled, current_step, failed_operator
 from cudagraph_backend.tree import Route
 
 log = logging.getLogger("cudagraph_backend")
@@ -54,10 +54,15 @@ class Counters:
         self.outputs_copied_out += copied_out
 
 
+CutOut = Callable[[str, str], None]
+"""Told the name of an operator whose capture failed, and why, lets later calls be captured around it."""
+
+
 class Replayer:
     """Calls a region: with one list of arguments, which it empties.
 
-    ``rehearsed``, in a rehearsal (``Backend.rehearsal``), gathers the regions that are called.
+    ``cut_out`` is told which operator can't be captured. ``rehearsed``, in a rehearsal (``Backend.rehearsal``), gathers
+    the regions that are called.
     """
 
     rehearsed: ClassVar[list[Replayer] | None] = None
@@ -69,8 +74,10 @@ class Replayer:
         options: Options,
         register: Callable[[Replayer], None],
         device: Callable[[torch.device], Device],
+        cut_out: CutOut | None = None,
     ):
         self.region = region
+        self._cut_out = cut_out if region.refusal is None else None
         self._compiled = compiled
         self.options = options
         self._register = register
@@ -223,6 +230,7 @@ class Replayer:
         try:
             graph = capture.record(table, plan.bucket, results, inputs, route.place)
             self.counters.captures += 1
+            self._cut_out = None  # it holds all that is needed to compile the region again
             table.tree.add(plan, where, route, graph)
             if (slower := self._slower(table, plan, plan.layout, route, graph, args)) is not None:
                 table.refuse_bucket(plan.bucket, slower)
@@ -235,10 +243,14 @@ class Replayer:
         return outputs
 
     def _failed(self, table: Table, error: CaptureError) -> Refusal:
-        """From now on the region runs uncaptured; if memory was short, only what has no graph yet, for a while."""
+        """From now on the region runs uncaptured, or in parts; if memory was short, nothing is captured for a while."""
         if isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__):
             return table.tree.pause_captures()
-        self._refusal = Refusal(f"capture failed: {error}")
+        name = failed_operator(error.__cause__) if error.__cause__ is not None else None
+        self._refusal = Refusal(f"capture failed: {error}", op=name)
+        if name is not None and self._cut_out is not None and not self.options.strict:
+            self._cut_out(name, str(error))
+        self._cut_out = None
         return self._refusal
 
     def _slower(

@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import linecache
+import re
 import sys
+import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 from weakref import WeakSet
 
@@ -21,12 +24,13 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._C._dynamo.eval_frame import _reset_precompile_entries
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.mutation_guard import GenerationTracker
 from torch._dynamo.package import DynamoCache
 from torch._dynamo.utils import get_static_address_type
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import CompileContext, TracingContext, compile_context, detect_fake_mode, tracing
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor_prop
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
@@ -61,6 +65,37 @@ def compile_regions(
 def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Compile one AOT region with Inductor. ``kwargs`` are what ``compile_fx`` passed; they differ by release."""
     return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+class Compilation:
+    """What the compilation that is under way knows, to compile more of it later."""
+
+    def __init__(self, patches: Mapping[str, Any]):
+        self._patches = {**patches, "triton.cudagraphs": False}
+        self._tracing, self._compile = TracingContext.try_get(), CompileContext.try_get()
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        with (
+            tracing(self._tracing),
+            compile_context(self._compile),
+            inductor_config.patch(self._patches),
+            outside_inference_mode(),
+            compile_lock,
+        ):
+            yield
+
+
+_CALLED = re.compile(r"\btorch\.ops\.(\w+\.\w+\.\w+)\(")
+
+
+def failed_operator(error: BaseException) -> str | None:
+    """The operator that a region's code was calling when an error was raised: ``namespace.name.overload``.
+
+    Generated code calls what it does not generate by name, each on a line of its own.
+    """
+    lines = (linecache.getline(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__))
+    return next((called[1] for line in lines if (called := _CALLED.search(line))), None)
 
 
 def is_compiled_graph(compiled: Any) -> TypeGuard[CompiledFxGraph]:
@@ -333,6 +368,15 @@ class Shapes:
         """The expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
         # Not the environment's own deserialize_symexpr, which can't tell the number of a jagged dim's lengths.
         return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
+
+
+def has_lost_guards(graph: torch.fx.Graph) -> bool:
+    """Whether what was compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
+
+    Of backwards, which are always compiled after that, PyTorch takes the risk.
+    """
+    shape_env = getattr(fake_mode_of(graph), "shape_env", None)
+    return shape_env is not None and shape_env.counter["ignored_backward_guard"] > 0
 
 
 def _by_name(symints: Sequence[torch.SymInt]) -> dict[str, torch.SymInt]:

@@ -15,11 +15,13 @@ from cudagraph_backend.analysis.capturable import op_refusal, symbols_in, symbol
 from cudagraph_backend.analysis.inputs import input_refusals, size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.operators import has_token, is_token, read_by
+from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.region import SizeInput
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
     expr,
+    is_operator,
     mark_visible,
     module_of,
     visible_outputs,
@@ -27,6 +29,8 @@ from cudagraph_backend.torch_internals import (
 
 Value: TypeAlias = "Node | sympy.Symbol"
 """What parts read: an input or result of the region's graph, or a size that is read from one of its arguments."""
+
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +67,26 @@ class Split:
 
 
 def split(
-    module: GraphModule, example_inputs: Sequence[Any], device: torch.device, unsafe: Collection[str] = ()
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    device: torch.device,
+    unsafe: Collection[str] = (),
+    failed: Mapping[str, str] = _NOTHING,
 ) -> Split | None:
     """The parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
 
-    ``unsafe`` names operators not to be captured. The region's own graph stays as it is.
+    ``unsafe`` names operators not to be captured, ``failed`` those whose capture was tried, and why it failed. The
+    region's own graph stays as it is.
 
     Raises:
         CannotSplit: a part would need what it can't be given.
     """
     flow = Flow(module.graph)
     inputs = input_refusals(module.graph, example_inputs)
-    judged = ((n, op_refusal(n, device, unsafe) or _refused_read(flow, n, inputs)) for n in module.graph.nodes)
+    judged = (
+        (node, op_refusal(node, device, unsafe) or _refused_read(flow, node, inputs) or _failed_before(node, failed))
+        for node in module.graph.nodes
+    )
     unfit = {node: refusal for node, refusal in judged if refusal is not None}
     refused = {node: unfit[node] for node in flow.operators if node in unfit}
     part_of = parts_of(flow, refused)
@@ -83,6 +95,13 @@ def split(
     if all(refusals) or not any(refusals):
         return None
     return _Cutter(module, example_inputs, flow, part_of, refusals, unfit).split()
+
+
+def _failed_before(node: Node, failed: Mapping[str, str]) -> Refusal | None:
+    """Why an operator can't be captured, or one that it is given to call."""
+    names = (str(target) for target in (node.target, *node.args) if is_operator(target))
+    found = next((name for name in names if name in failed), None)
+    return None if found is None else Refusal(f"its capture failed: {failed[found]}", found, source_line(node))
 
 
 def _refused_read(flow: Flow, node: Node, inputs: Mapping[Node, Refusal]) -> Refusal | None:

@@ -123,7 +123,7 @@ def test_without_memory_to_capture_graphs_are_replayed_and_others_captured_later
 def test_a_failing_capture_still_answers(device, monkeypatch):
     """The call that was to capture has its values already; later ones run the compiled region."""
 
-    def fail(self, run, *, draws, stages):
+    def fail(self, run, **of_graph):
         raise sg.CaptureError("the driver says no")
 
     driver = type(sg.sharedgraph.device(device).driver)

@@ -183,7 +183,7 @@ def test_a_view_of_one_of_two_parameters_that_may_be_tied(device):
 
 
 def test_a_failing_capture_under_strict_writes_back_first(device, monkeypatch):
-    def fail(self, run, *, draws, stages):
+    def fail(self, run, **of_graph):
         raise sg.CaptureError("no")
 
     monkeypatch.setattr(type(sg.sharedgraph.device(device).driver), "capture", fail)

@@ -285,7 +285,7 @@ def test_a_bar_tells_sizes_seconds_and_memory(device, monkeypatch):
 
 
 def test_memory_of_executables_is_in_the_records(device, monkeypatch):
-    monkeypatch.setattr(HostDriver, "capture", lambda self, run, draws, stages: HostGraph(run, 1000))
+    monkeypatch.setattr(HostDriver, "capture", lambda self, run, **of_graph: HostGraph(run, 1000))
     warmed = sg.warmup(compiled(lambda x: x * 2), (marked(3, 4, device=device),), [8, 2])
     assert [w.executable_bytes for w in warmed] == [1000, 2000]
     assert all(w.nbytes == w.output_pool_bytes + w.memory_pool_bytes + w.executable_bytes for w in warmed)

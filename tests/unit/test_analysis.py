@@ -19,6 +19,7 @@ from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cudagraph_backend.analysis import analyse, complete
 from cudagraph_backend.analysis.outputs import with_strides
@@ -611,6 +612,24 @@ def test_objects_that_never_change_are_read_as_they_are_and_others_are_refused(m
 def test_a_region_that_reads_a_generator_draws_random_numbers():
     assert reading(torch.ones(2), torch.Generator()).has_effects
     assert not reading(torch.ones(2)).has_effects
+
+
+def test_the_lengths_of_a_jagged_dim_are_no_size():
+    lengths = FakeTensorMode(shape_env=ShapeEnv()).create_symbolic_nested_int(nt_tensor_id=1)
+    graph = hand_made(lengths, torch.ones(2))
+    region = analyse(GraphModule({}, graph), (lengths, torch.ones(2)), "forward", (), Options(), 0)
+    assert (region.refusal, region.sizes, region.objects) == (None, (), ())
+    assert region.outputs[0] == ArgumentOutput(0)
+    refusal = reading(lengths, torch.ones(2)).refusal
+    assert refusal is not None
+    assert refusal.reason == "input arg0_1 stands for the lengths of a jagged dim"
+
+
+def test_dims_of_tensors_on_meta_are_not_padded():
+    region = region_of(lambda t, y: (t * 2, y * 2), torch.empty(6, 4, device="meta"), torch.randn(5, 3))
+    refusals = {dim.refusal.reason if dim.refusal else None for dim in region.dims}
+    (meta,) = [tensor for tensor in region.inputs if tensor.role == "static"]
+    assert refusals == {None, f"input {meta.name} is on the device meta, and has no rows to add to"}
 
 
 def test_inductors_own_reason_counts_on_cuda_only():
