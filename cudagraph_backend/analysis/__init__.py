@@ -63,7 +63,7 @@ def analyse(
         known_refusal or capture_refusal(graph, example_inputs, devices, unsafe_ops(options)) or driver_refusal(device)
     )
     sizes = size_inputs(example_inputs)
-    inputs = tensor_inputs(graph, example_inputs, static, names, options.fill)
+    inputs = tensor_inputs(graph, example_inputs, device, static, names, options.fill)
     objects = object_inputs(graph, example_inputs)
     shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
     refusal = refusal or _refused_symbols(inputs, sizes)
@@ -77,7 +77,7 @@ def analyse(
         sizes=sizes,
         dims=dims,
         counts=counts,
-        outputs=graph_outputs(graph),
+        outputs=graph_outputs(graph, {i.index for i in inputs}),
         shapes=shapes,
         refusal=refusal,
         has_effects=effect is not None or draws_random_numbers(graph),

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from cudagraph_backend.analysis.inputs import input_refusals
+from cudagraph_backend.analysis.inputs import input_refusals, is_read
 from cudagraph_backend.analysis.operators import (
     communicates,
     has_token,
@@ -98,15 +98,23 @@ def capture_refusal(
 
 
 def devices_of(graph: Graph) -> set[torch.device]:
-    """Every device that a value of the graph lives on; ``meta`` is none."""
-    return {device for node in graph.nodes for device in _devices(node)}
+    """Every device on which a graph computes: none is ``meta``, nor that of an input which is only handed back.
+
+    If nothing is computed, those of the inputs.
+    """
+    used = {device for node in graph.nodes if not _is_passed_by(node) for device in _devices(node)}
+    return used or {device for node in graph.nodes for device in _devices(node)}
 
 
 def main_device(graph: Graph) -> torch.device:
     """The device that graphs are captured on: if there is a GPU, the one with most of the values."""
-    counts = Counter(device for node in graph.nodes for device in _devices(node))
+    counts = Counter(device for node in graph.nodes if not _is_passed_by(node) for device in _devices(node))
     on_gpu = [device for device, _ in counts.most_common() if device.type == "cuda"]
     return next(iter((*on_gpu, *counts)), torch.device("cpu"))
+
+
+def _is_passed_by(node: Node) -> bool:
+    return node.op == "placeholder" and not is_read(node)
 
 
 def op_refusal(node: Node, device: torch.device, unsafe: Collection[str] = ()) -> Refusal | None:
@@ -140,7 +148,8 @@ def _refused_device(devices: set[torch.device], graph: Graph) -> Refusal | None:
         return Refusal("nothing to capture: the region holds no tensor that has memory")
     if len(devices) > 1:
         names = " and ".join(sorted(map(str, devices)))
-        minority = next((n for n in graph.nodes if any(device.type == "cpu" for device in _devices(n))), None)
+        on_cpu = [node for node in graph.nodes if any(device.type == "cpu" for device in _devices(node))]
+        minority = min(on_cpu, key=_is_passed_by, default=None)
         source = source_line(minority) if minority is not None else None
         return Refusal(
             f"the region mixes devices: {names}", op=str(minority.target) if minority else None, source=source

@@ -17,16 +17,23 @@ from cudagraph_backend.torch_internals import call_input, expr, is_generator, is
 
 
 def tensor_inputs(
-    graph: Graph, example_inputs: Sequence[Any], static: Collection[int], names: Sequence[InputName], fills: Fills
+    graph: Graph,
+    example_inputs: Sequence[Any],
+    device: torch.device,
+    static: Collection[int],
+    names: Sequence[InputName],
+    fills: Fills,
 ) -> tuple[TensorInput, ...]:
     """One record per tensor argument. A static input with a dynamic dim is staged: each size has its own address.
-    One on the device ``meta`` has none.
 
-    ``names`` are those of the inputs of the user's call, in Dynamo's order.
+    One on the device ``meta`` has none. One on another ``device`` than the region's is none of its inputs if it is only
+    handed back. ``names`` are those of the inputs of the user's call, in Dynamo's order.
     """
     inputs = []
     for index, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            continue
+        if value.device not in (device, _META) and not is_read(node):
             continue
         size, stride = tuple(map(expr, value.shape)), tuple(map(expr, value.stride()))
         is_dynamic = any(e.free_symbols for e in (*size, *stride))
@@ -60,7 +67,7 @@ def input_refusals(graph: Graph, example_inputs: Sequence[Any]) -> dict[Node, Re
     refused = {}
     for node, value in _given(graph, example_inputs):
         refusal = _refused(node, value)
-        if refusal is not None and _is_read(node):
+        if refusal is not None and is_read(node):
             refused[node] = refusal
     return refused
 
@@ -68,9 +75,10 @@ def input_refusals(graph: Graph, example_inputs: Sequence[Any]) -> dict[Node, Re
 def object_inputs(graph: Graph, example_inputs: Sequence[Any]) -> tuple[int, ...]:
     """The indices of arguments that operators read and that are neither tensors nor numbers."""
     given = enumerate(_given(graph, example_inputs))
-    return tuple(i for i, (node, value) in given if not isinstance(value, _PLAIN) and _is_read(node))
+    return tuple(i for i, (node, value) in given if not isinstance(value, _PLAIN) and is_read(node))
 
 
+_META = torch.device("meta")
 _PLAIN = (torch.Tensor, torch.SymInt, int)
 
 
@@ -78,7 +86,8 @@ def _given(graph: Graph, example_inputs: Sequence[Any]) -> Iterator[tuple[Node, 
     return zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)
 
 
-def _is_read(node: Node) -> bool:
+def is_read(node: Node) -> bool:
+    """Whether an operator reads an input, which may also be handed back only."""
     return any(user.op != "output" for user in node.users)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -14,17 +14,22 @@ from cudagraph_backend.region import ArgumentOutput, Output, TensorOutput
 from cudagraph_backend.torch_internals import Shapes, expr, is_jagged_size
 
 
-def graph_outputs(graph: Graph) -> tuple[Output, ...]:
-    """One record per output, strides not yet known: Inductor chooses them."""
+def graph_outputs(graph: Graph, inputs: Collection[int]) -> tuple[Output, ...]:
+    """One record per output, strides not yet known: Inductor chooses them.
+
+    ``inputs`` are the indices of the arguments that the region has a record of; others are only handed back.
+    """
     arguments = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
-    return tuple(_output(value, arguments) for value in graph.output_node().args[0])
+    return tuple(_output(value, arguments, inputs) for value in graph.output_node().args[0])
 
 
-def _output(value: Node | int | None, arguments: Mapping[Node, int]) -> Output:
+def _output(value: Node | int | None, arguments: Mapping[Node, int], inputs: Collection[int]) -> Output:
     if not isinstance(value, Node):
         return None if value is None else sympy.Integer(value)
     meta = value.meta.get("val")
     if isinstance(meta, torch.Tensor):
+        if value in arguments and arguments[value] not in inputs:
+            return ArgumentOutput(arguments[value])
         return TensorOutput(meta.dtype, tuple(map(expr, meta.shape)), None, source_line(value), arguments.get(value))
     is_size = isinstance(meta, (int, torch.SymInt)) and not (isinstance(meta, bool) or is_jagged_size(meta))
     if value in arguments and not is_size:

@@ -46,7 +46,7 @@ def _copy_scalars(graph: Graph, device: torch.device) -> None:
             if node.target in _CONSTANTS:
                 copy = graph.call_function(node.target, node.args, {**node.kwargs, "device": device})
             else:
-                copy = graph.call_function(aten._to_copy.default, (node,), {"device": device})
+                copy = graph.call_function(prims.device_put.default, (node, device))  # which Inductor lowers as it is
             copy.meta.update({k: v for k, v in first.meta.items() if k in ("stack_trace", "nn_module_stack")})
             copy.meta["val"] = torch.empty((), dtype=node.meta["val"].dtype, device=device)
         for reader in readers:

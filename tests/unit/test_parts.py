@@ -290,11 +290,11 @@ def test_a_scalar_that_something_else_reads_stays_and_is_copied_for_the_gpu(read
     assert move_scalars(module.graph, CUDA) == frozenset()
     parts = split_of(module)
     assert [operators(p) for p in parts if p.refusal is None] == [["mul", "add"]]
-    (copied,) = [p for p in parts if "_to_copy" in operators(p)]  # once, for both readers
-    assert operators(copied).count("_to_copy") == 1
+    (copied,) = [p for p in parts if "device_put" in operators(p)]  # once, for both readers
+    assert operators(copied).count("device_put") == 1
     assert [p.refusal is None for p in parts] == [False, True]
     order = operators(copied)
-    assert reader != "write" or order.index("_to_copy") < order.index("copy_")
+    assert reader != "write" or order.index("device_put") < order.index("copy_")
 
 
 def test_a_constant_on_the_cpu_that_the_cpu_reads_too_is_made_once_more():
@@ -319,7 +319,7 @@ def test_a_result_on_the_cpu_that_the_gpu_reads_is_copied():
     module = mixed(build)
     assert move_scalars(module.graph, CUDA) == frozenset()
     assert [(operators(p), p.refusal is None) for p in split_of(module)] == [
-        (["add", "_to_copy"], False),
+        (["add", "device_put"], False),
         (["mul", "sin"], True),
     ]
 

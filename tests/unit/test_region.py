@@ -320,7 +320,7 @@ def test_a_generator_is_drawn_from_at_every_call_and_has_graphs_of_its_own(
         return capture(self, run, draws=draws, stages=stages, generators=generators)
 
     monkeypatch.setattr(HostDriver, "capture", keep)
-    frame = _FrameCompile(cudagraph_backend.sharedgraph, Options(), ())
+    frame = _FrameCompile(cudagraph_backend.sharedgraph, Options(), (), frozenset())
     call = frame.compile_region(*noisy_region(), is_inference=True, static_input_idxs=[])
     ours, eagers = ([torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2))
     x = torch.randn(3)
