@@ -205,7 +205,8 @@ class _Walk:
         if target.name() == "invoke_subgraph":
             return self._inside(node)
         if (found := RULES.get(rule_name(target))) is None or node.meta.get("val") is None:
-            raise RefusePadding("no padding rule for what it does")
+            changes = target.name().startswith("auto_functionalized")
+            raise RefusePadding(f"no padding rule for {'an operator that changes its arguments' if changes else 'it'}")
         if any(map(depends_on_size, reached)):
             raise RefusePadding("the padded size reaches values through its arguments")
         return self._apply(found, node, bound_arguments(node, args, kwargs), makes_rows=False)  # type: ignore[arg-type]
@@ -214,7 +215,7 @@ class _Walk:
         """The rows of what a graph inside this one returns: it is walked with those of its arguments, without masks."""
         module = submodule_of(node.args[0])  # type: ignore[arg-type]
         if module is None:
-            raise RefusePadding("no padding rule for what it does")
+            raise RefusePadding("what it runs can't be found")
         inputs, operands = module.graph.find_nodes(op="placeholder"), node.args[2:]
         if len(inputs) != len(operands) or not all(map(_is_like, inputs, operands)):
             raise RefusePadding("it was traced with arguments of other sizes")
