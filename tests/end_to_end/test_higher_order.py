@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 import cudagraph_backend as sg
+from cudagraph_backend.analysis.padding.call import RULES
+from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding, padding_rule
 from tests.end_to_end.test_parts import BUCKETS, SIZES, check, kinds, two
 
 metadata = {"scale": 1.0}  # what an engine describes a batch with, outside of any tensor
@@ -145,7 +147,42 @@ def test_an_operator_that_writes_is_captured(device):
             torch.testing.assert_close(ours, eager)
     assert sg.stats().fallbacks == {}
     assert sg.stats().graphs >= len(set(SIZES))
-    assert "no padding rule for an operator that changes its arguments (higher_order_e2e.add_one.default)" in sg.explain()
+    reason = "no padding rule for an operator that changes its arguments (higher_order_e2e.add_one.default)"
+    assert reason in sg.explain()
+
+
+@pytest.fixture
+def no_rules_left():
+    known = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(known)
+
+
+def test_an_operator_that_writes_is_padded_by_a_rule_that_says_so(device, no_rules_left):
+    """Into slots of a cache: padded rows write what the last real row does. And into a value with rows."""
+
+    @padding_rule("higher_order_e2e::write", writes=True)
+    def write_rows(seen: Call):
+        if seen["cache"].rows or not (seen["rows"].holds(Fact.REPLICA) and seen["at"].holds(Fact.REPLICA)):
+            raise RefusePadding("padded rows would be written somewhere else")
+        return UNCHANGED
+
+    padding_rule("higher_order_e2e::add_one", writes=True)(lambda seen: seen.keep(Fact.REPLICA))
+
+    def function(x, cache, at):
+        y = x * 2
+        add_one(y)
+        write(y, cache, at)
+        return y, cache.sum(0) + 1
+
+    cache = torch.zeros(40, 4, device=device)
+    stats = check(
+        function, lambda n: [torch.randn(n, 4, device=device), cache.clone(), torch.randperm(40, device=device)[:n]]
+    )
+    assert stats.fallbacks == {}
+    assert stats.graphs == len(BUCKETS)
+    assert stats.rows_padded > 0
 
 
 def test_results_of_an_operator_that_writes_are_fed_back(device):
