@@ -23,6 +23,12 @@ the call as a :class:`Call` and answers with ``call.keep(...)``, with ``UNCHANGE
         if not call.only("x").holds(Fact.ZERO):      # as with options={"fill": "zero"}; else a mask makes them zero
             call.fill(call["x"], 0, otherwise="sums the padded rows")
         return UNCHANGED
+
+    @padding_rule("mylib::write_cache", writes=True) # changes its argument "cache", and returns nothing
+    def write_cache(call: Call):
+        if call["cache"].rows or not (call["rows"].holds(Fact.REPLICA) and call["slots"].holds(Fact.REPLICA)):
+            raise RefusePadding("padded rows would be written somewhere else")
+        return UNCHANGED                             # the last real row is written again, to its own slot
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from cudagraph_backend.analysis.operators import targets_of
 from cudagraph_backend.analysis.padding.call import RULES, Call, one_line, rule
 from cudagraph_backend.analysis.padding.lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, meet
 from cudagraph_backend.errors import PaddingRuleError
@@ -54,11 +61,13 @@ class Answer(enum.Enum):
 UNCHANGED: Final = Answer.UNCHANGED
 
 
-def padding_rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[_Function], _Function]:
+def padding_rule(
+    *operators: str, sizes: tuple[str, ...] = (), writes: bool = False
+) -> Callable[[_Function], _Function]:
     """Register a rule for custom operators, so that regions with them can be padded; see this module's examples.
 
     The rule is asked while a region is compiled, if rows (or sizes that depend on them) reach the operator, and only
-    if the operator changes none of its arguments. It returns
+    if the operator changes none of its arguments, unless it is registered with ``writes``. It returns
 
     - ``call.keep(facts)``: the result has rows, and of ``facts`` those hold of its padded rows that hold of all
       operands' (``Fact.NOTHING``, if the author is not sure);
@@ -73,6 +82,9 @@ def padding_rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[_Fun
     Args:
         operators: ``"mylib::op"``, or with an overload ``"mylib::op.Tensor"``. A new rule replaces one's earlier rule.
         sizes: names of arguments that are sizes. A number that depends on the padded size is refused in others.
+        writes: the rule speaks of an operator that changes arguments (``mutates_args``). It answers for what these hold
+            afterwards, too: one more answer for each, after those for the results. Padded rows must change nothing in
+            an argument without rows: with ``Fact.REPLICA`` they write what the last real row writes, where it does.
 
     Raises:
         PaddingRuleError: a bad name, an operator with a built-in rule, or no function. Also when a region is compiled,
@@ -88,7 +100,7 @@ def padding_rule(*operators: str, sizes: tuple[str, ...] = ()) -> Callable[[_Fun
         if not callable(function):
             raise PaddingRuleError(f"padding_rule: got {function!r}; accepted is a function of a Call")
         for name in names:
-            rule(name, sizes=tuple(sizes), line=one_line)(_UsersRule(name, function))
+            rule(name, sizes=tuple(sizes), line=one_line, writes=bool(writes))(_UsersRule(name, function))
         return function
 
     return register
@@ -129,7 +141,8 @@ class _UsersRule:
     function: Callable[[Call], Any]
 
     def __call__(self, call: Call) -> Results:
-        if torch.Tag.nondeterministic_seeded in call.node.target.tags:  # type: ignore[union-attr]
+        draws = torch.Tag.nondeterministic_seeded
+        if any(draws in getattr(target, "tags", ()) for target in targets_of(call.node)):
             raise RefusePadding("draws random numbers for the rows")
         try:
             answer = self.function(call)
@@ -140,7 +153,7 @@ class _UsersRule:
                 f"the padding rule for {self.name} raised {type(error).__name__}: {error}; "
                 "accepted is RefusePadding(reason), where it can't vouch for padding"
             ) from error
-        val = call.node.meta["val"]
+        val = call.val
         if not isinstance(val, (list, tuple)):
             return self._checked(answer, val)
         if not isinstance(answer, tuple) or len(answer) != len(val):

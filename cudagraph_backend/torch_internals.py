@@ -462,6 +462,34 @@ def bound_arguments(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, 
     return {name: value for name, value in bound.arguments.items() if name != "self"}
 
 
+def written_arguments(node: torch.fx.Node, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What the operator behind ``auto_functionalized_v2`` is called with, by name, taken from the wrapper's ``kwargs``.
+
+    ``None`` for another wrapper, and where what is changed is not, in this order, one whole argument each: a view, two
+    views of one tensor, a list, or an argument that is left out.
+    """
+    if node.target is not torch.ops.higher_order.auto_functionalized_v2 or not is_operator(node.args[0]):
+        return None
+    arguments: dict[str, Any] = {}
+    bases = list(kwargs["_all_bases"])
+    for argument in operator_schema(node.args[0]).arguments:
+        name = argument.name
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            arguments[name] = kwargs.get(name, argument.default_value)
+            continue
+        said = {key: value for key, value in kwargs.items() if key.startswith(f"_{name}_") and value is not None}
+        said.pop(f"_{name}_alias", None)
+        index = sum(1 for other in operator_schema(node.args[0]).arguments[: len(arguments)] if _is_written(other))
+        if said != {f"_{name}_base_index": index} or index >= len(bases):
+            return None
+        arguments[name] = bases[index]
+    return arguments if sum(map(_is_written, operator_schema(node.args[0]).arguments)) == len(bases) else None
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def subgraphs_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
     """The graphs that a higher-order operator is given, each once."""
     found = [submodule_of(read) for read in node.all_input_nodes if read.op == "get_attr"]

@@ -44,6 +44,7 @@ class Call:
         line: which line this is, and of how many.
         made: the result's row dim that comes from no operand's rows but from a size.
         masks: where :meth:`fill` notes masks; None if the graph must stay as it is.
+        written: the new values of the arguments that the operator changes, after its results; None if it changes none.
     """
 
     node: Node
@@ -52,6 +53,14 @@ class Call:
     line: tuple[int, int] = (0, 1)
     made: int | None = None
     masks: list[Mask] | None = None
+    written: tuple[Any, ...] | None = None
+
+    @property
+    def val(self) -> Any:
+        """What tracing knows of the result, or of several: changed arguments come last."""
+        if self.written is None:
+            return self.node.meta["val"]
+        return self.written[0] if len(self.written) == 1 else self.written
 
     @property
     def operator(self) -> str:
@@ -97,12 +106,12 @@ class Call:
 
         Without ``operands``, all operands of the call are meant.
         """
-        return self._rows(self.node.meta["val"], facts, operands or self.operands, dim)
+        return self._rows(self.val, facts, operands or self.operands, dim)
 
     def each(self, facts: Fact, *operands: Operand | None) -> tuple[Rows | RefusePadding | None, ...]:
         """As :meth:`keep`, for an operator with several results; a result without a row dim is free of rows."""
         results: list[Rows | RefusePadding | None] = []
-        for val in self.node.meta["val"]:
+        for val in self.val:
             try:
                 is_rows = isinstance(val, torch.Tensor) and bool(row_dims(self.sizes.shape(val)))
                 results.append(self._rows(val, facts, operands or self.operands) if is_rows else None)
@@ -112,11 +121,11 @@ class Call:
 
     def result_dim(self) -> RowDim | None:
         """The dim of the call's one result that carries this line's rows."""
-        return self._row_dim(self.node.meta["val"])
+        return self._row_dim(self.val)
 
     def result_shape(self) -> tuple[sympy.Expr, ...]:
         """The shape of the call's one result."""
-        shape, found = self.sizes.shape(self.node.meta["val"]), self.result_dim()
+        shape, found = self.sizes.shape(self.val), self.result_dim()
         return hide(shape, [dim for dim in range(len(shape)) if found is None or dim != found.dim])
 
     def _row_dim(self, val: torch.Tensor, dim: int | None = None) -> RowDim | None:
@@ -184,18 +193,24 @@ def one_line(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredRule:
-    """A rule, the arguments that are sizes (only through these may the padded size reach the operator), and lines."""
+    """A rule, the arguments that are sizes (only through these may the padded size reach the operator), and lines.
+
+    ``writes``: the rule also answers for an operator that changes its arguments.
+    """
 
     apply: Rule
     sizes: frozenset[str] = frozenset()
     line: LineKey = by_place
+    writes: bool = False
 
 
 #: Rules by the operator's full name, ``aten::sum.dim_IntList``.
 RULES: dict[str, RegisteredRule] = {}
 
 
-def rule(*operators: str, sizes: tuple[str, ...] = (), line: LineKey = by_place) -> Callable[[Rule], Rule]:
+def rule(
+    *operators: str, sizes: tuple[str, ...] = (), line: LineKey = by_place, writes: bool = False
+) -> Callable[[Rule], Rule]:
     """Registers a rule for ``operators``, named as ``aten::view`` or with the overload as ``aten::sum.dim_IntList``.
 
     The rule answers: if real rows of the operands are right, are real rows of the result? It returns ``FREE``,
@@ -207,7 +222,7 @@ def rule(*operators: str, sizes: tuple[str, ...] = (), line: LineKey = by_place)
 
     def register(function: Rule) -> Rule:
         for operator in operators:
-            RULES[operator] = RegisteredRule(function, frozenset(sizes), line)
+            RULES[operator] = RegisteredRule(function, frozenset(sizes), line, writes)
         return function
 
     return register

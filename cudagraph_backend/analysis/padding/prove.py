@@ -24,6 +24,7 @@ from cudagraph_backend.torch_internals import (
     operator_name,
     operator_schema,
     submodule_of,
+    written_arguments,
 )
 
 from . import rules
@@ -204,17 +205,40 @@ class _Walk:
             return ()
         if target.name() == "invoke_subgraph":
             return self._inside(node)
+        if (written := self._written(node, kwargs)) is not None:  # type: ignore[arg-type]
+            return written
         if (found := RULES.get(rule_name(target))) is None or node.meta.get("val") is None:
-            raise RefusePadding("no padding rule for what it does")
+            changes = target.name().startswith("auto_functionalized")
+            raise RefusePadding(f"no padding rule for {'an operator that changes its arguments' if changes else 'it'}")
         if any(map(depends_on_size, reached)):
             raise RefusePadding("the padded size reaches values through its arguments")
         return self._apply(found, node, bound_arguments(node, args, kwargs), makes_rows=False)  # type: ignore[arg-type]
+
+    def _written(self, node: Node, kwargs: dict[str, Any]) -> Found | None:
+        """What a user's rule says of an operator that changes its arguments; ``None`` where there is none.
+
+        The wrapper gives the operator's results, then its bases, the memory that is changed, as they are afterwards. A
+        rule is asked only where each of these is one whole argument.
+        """
+        op = node.args[0] if node.args else None
+        found = RULES.get(operator_name(op)) if is_operator(op) else None
+        arguments = written_arguments(node, kwargs)
+        if found is None or not found.writes or arguments is None or node.meta.get("val") is None:
+            return None
+        if any(map(depends_on_size, arguments.values())):
+            raise RefusePadding("the padded size reaches values through its arguments")
+        results = node.meta["val"]
+        is_silent = not operator_schema(op).returns  # type: ignore[arg-type]
+        values = results[1:] if is_silent else results
+        known = self._apply(found, node, arguments, makes_rows=False, written=tuple(values))
+        listed: list[Any] = known if isinstance(known, list) else [known]
+        return [(), *listed] if is_silent else listed
 
     def _inside(self, node: Node) -> Found:
         """The rows of what a graph inside this one returns: it is walked with those of its arguments, without masks."""
         module = submodule_of(node.args[0])  # type: ignore[arg-type]
         if module is None:
-            raise RefusePadding("no padding rule for what it does")
+            raise RefusePadding("what it runs can't be found")
         inputs, operands = module.graph.find_nodes(op="placeholder"), node.args[2:]
         if len(inputs) != len(operands) or not all(map(_is_like, inputs, operands)):
             raise RefusePadding("it was traced with arguments of other sizes")
@@ -252,10 +276,17 @@ class _Walk:
 
     # ---- rules
 
-    def _apply(self, rule: RegisteredRule, node: Node, arguments: dict[str, Any], makes_rows: bool) -> Found:
+    def _apply(
+        self,
+        rule: RegisteredRule,
+        node: Node,
+        arguments: dict[str, Any],
+        makes_rows: bool,
+        written: tuple[Any, ...] | None = None,
+    ) -> Found:
         """What the rule says of each line of rows, put together."""
         before = len(self.masks or ())
-        call = Call(node, arguments, self.sizes, masks=self.masks)
+        call = Call(node, arguments, self.sizes, masks=self.masks, written=written)
         lines = lines_of(rule, call)
         results = [
             rule.apply(replace(call, arguments=along(arguments, line), line=(i, len(lines))))

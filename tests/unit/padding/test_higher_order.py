@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from cudagraph_backend.analysis.padding.call import RULES
+from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding, padding_rule
 from tests.unit.padding.oracle import Region, dynamic, refute, region, regions
 
 SEQUENCE = 128
@@ -17,6 +19,21 @@ SEQUENCE = 128
 @torch.library.custom_op("padding_unit::bump", mutates_args=("x",))
 def bump(x: torch.Tensor) -> None:
     x.add_(1)
+
+
+@torch.library.custom_op("padding_unit::write", mutates_args=("cache",))
+def write(values: torch.Tensor, cache: torch.Tensor, at: torch.Tensor) -> None:
+    cache.index_copy_(0, at, values)
+
+
+@torch.library.custom_op("padding_unit::split", mutates_args=("x", "y"))
+def split(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x.add_(1)
+    y.mul_(2)
+    return x * y
+
+
+split.register_fake(lambda x, y: torch.empty_like(x))
 
 
 @torch.compiler.nested_compile_region
@@ -112,7 +129,7 @@ def test_an_operator_behind_a_wrapper_is_named():
     refusal = region(function, rows()).prove(masked=True).refusal
     assert refusal is not None
     assert refusal.op == "padding_unit.bump.default"
-    assert refusal.reason == "no padding rule for what it does"
+    assert refusal.reason == "no padding rule for an operator that changes its arguments"
     assert "in function: bump(y)" in str(refusal.source)
 
 
@@ -136,6 +153,76 @@ def test_a_wrapper_that_the_padded_size_reaches_is_refused():
         return x + y
 
     assert region(function, rows(), weight()).prove().refusal is not None
+
+
+def write_rows(call: Call):
+    if call["cache"].rows or not (call["values"].holds(Fact.REPLICA) and call["at"].holds(Fact.REPLICA)):
+        raise RefusePadding("padded rows would be written somewhere else")
+    return UNCHANGED
+
+
+@pytest.fixture
+def rules():
+    known = dict(RULES)
+    padding_rule("padding_unit::write", writes=True)(write_rows)
+    padding_rule("padding_unit::bump", writes=True)(lambda call: call.keep(Fact.REPLICA))
+    padding_rule("padding_unit::split", writes=True)(lambda call: call.each(Fact.NOTHING))
+    yield
+    RULES.clear()
+    RULES.update(known)
+
+
+def written_to_slots(x, cache, at):
+    y = x * 2
+    bump(y)
+    write(y, cache, at)
+    return y, cache.sum(0)
+
+
+def written_from_somewhere(x, cache, at):
+    write(x, cache, at.cumsum(0) - at.cumsum(0) + at)
+    return x, cache.sum(0)
+
+
+def slots() -> torch.Tensor:
+    return dynamic(torch.tensor([3, 1, 4, 0, 6]))
+
+
+def test_a_rule_for_an_operator_that_writes(rules):
+    found = region(written_to_slots, rows(), torch.zeros(9, 4), slots())
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert verdict.needs_fill
+    assert refute(found, verdict) is None
+    assert region(written_from_somewhere, rows(), torch.zeros(9, 4), slots()).prove().refusal is not None
+
+
+def test_results_come_before_what_was_changed(rules):
+    def function(x):
+        y, z = x * 2, x + 1
+        return split(y, z) + y, z.sum(1)
+
+    found = region(function, rows())
+    verdict = found.prove()
+    assert verdict.refusal is None
+    assert refute(found, verdict) is None
+
+
+@pytest.mark.parametrize("kind", ["view", "two views", "no opt-in"])
+def test_a_rule_is_asked_of_whole_arguments_and_where_it_says_so(kind, rules):
+    def function(x):
+        y = x * 2
+        if kind == "two views":
+            split(y[:, :2], y[:, 2:])
+        else:
+            bump(y[:, 1:] if kind == "view" else y)
+        return y + 1
+
+    if kind == "no opt-in":
+        padding_rule("padding_unit::bump")(lambda call: call.keep(Fact.REPLICA))
+    refusal = region(function, rows()).prove(masked=True).refusal
+    assert refusal is not None
+    assert refusal.reason == "no padding rule for an operator that changes its arguments"
 
 
 # ------------------------------------------------------------------------------------------------ FlexAttention
@@ -191,8 +278,10 @@ def test_replicas_stay_replicas_unless_the_batch_is_counted():
     assert region(largest(lambda score, b, h, q, k: score * (b + 1)), *inputs()).prove().refusal is not None
 
 
-def with_blocks(q, k, v, counts, indices):
-    mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=SEQUENCE, mask_mod=causal)
+def with_blocks(q, k, v, counts, indices, for_gradients=True):
+    mask = BlockMask.from_kv_blocks(
+        counts, indices, BLOCK_SIZE=SEQUENCE, mask_mod=causal, compute_q_blocks=for_gradients
+    )
     return flex_attention(q, k, v, block_mask=mask) + 1
 
 
@@ -202,7 +291,7 @@ def blocks(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_mask_with_the_rows_of_the_batch_must_be_valid_in_padded_rows():
-    found = region(with_blocks, *inputs(), *blocks())
+    found = region(with_blocks, *inputs(), *blocks(), for_gradients=False)
     verdict = found.prove()
     assert verdict.refusal is None
     assert verdict.needs_fill, "padded rows that hold anything hold no valid index"
