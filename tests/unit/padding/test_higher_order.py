@@ -197,6 +197,22 @@ def test_a_rule_for_an_operator_that_writes(rules):
     assert region(written_from_somewhere, rows(), torch.zeros(9, 4), slots()).prove().refusal is not None
 
 
+def test_a_rule_for_an_operator_that_writes_may_ask_for_masks(rules):
+    @padding_rule("padding_unit::write", writes=True)
+    def masked(call: Call):
+        for name in ("values", "at"):
+            if not call[name].holds(Fact.REPLICA):
+                call.fill(call[name], "last", otherwise="padded rows would be written somewhere else")
+        return UNCHANGED
+
+    found = region(written_from_somewhere, rows(), torch.zeros(9, 4), slots())
+    assert found.prove().refusal is not None
+    verdict = found.prove(masked=True)
+    assert verdict.refusal is None
+    assert verdict.masks
+    assert refute(found, verdict) is None
+
+
 def test_results_come_before_what_was_changed(rules):
     def function(x):
         y, z = x * 2, x + 1
