@@ -11,7 +11,7 @@ import torch
 
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill, InputName
-from cudagraph_backend.torch_internals import Shapes
+from cudagraph_backend.torch_internals import Shapes, is_backed
 
 Kind = Literal["inference", "forward", "backward"]
 Role = Literal["static", "staged"]
@@ -176,6 +176,11 @@ class Region:
     @property
     def staged(self) -> list[TensorInput]:
         return [i for i in self.inputs if i.role == "staged"]
+
+    @property
+    def sizes_from_data(self) -> bool:
+        """Whether some of the sizes are known only at a call (``u0``): results of other parts have them."""
+        return any(not is_backed(s.size) for s in self.sizes)
 
     def values(self, sizes: Sequence[int]) -> dict[sympy.Symbol, int]:
         """Symbol values for the sizes of a call (in the order of ``self.sizes``)."""

@@ -35,6 +35,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor
 from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 from torch._inductor.output_code import CompiledFxGraph
 from torch._library.fake_class_registry import FakeScriptObject
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef  # expired() tells whether it is dead
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -332,6 +333,7 @@ class Shapes:
         self._symints = list(symints)
         self._symbols = _by_name(symints)  # what Inductor compiles may replace one by another
         self._guards: str | None = None
+        self._asserts: list[Any] = []
 
     def freeze_guards(self) -> bool:
         """Take the guards as they stand; call it after Inductor compiled the region, which adds some.
@@ -340,6 +342,9 @@ class Shapes:
         """
         if self._env is None:
             return True
+        asserts = [each.expr for some in self._env.deferred_runtime_asserts.values() for each in some]
+        own = frozenset().union(*(expr(size).free_symbols for size in self._symints))
+        self._asserts = [each for each in asserts if each.free_symbols & own]
         try:
             self._guards = self._env.produce_guards_expression(placeholders=self._symints)
         except (
@@ -359,7 +364,13 @@ class Shapes:
         return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
 
     def admits(self, sizes: Sequence[int]) -> bool:
-        """Whether the compiled region is valid for these values of its SymInt inputs, in their order."""
+        """Whether the compiled region is valid for these values of its SymInt inputs, in their order.
+
+        What the code checks while running, of sizes that depend on data, must hold for them, too.
+        """
+        values = {expr(s): sympy.Integer(n) for s, n in zip(self._symints, sizes, strict=True)}
+        if any(each.xreplace(values) != sympy.true for each in self._asserts):
+            return False
         if self._guards is None:
             return True
         return bool(self._env.evaluate_guards_expression(self._guards, list(sizes)))  # type: ignore[union-attr]
@@ -508,6 +519,15 @@ def attribute_of(node: torch.fx.Node) -> Any:
     for name in str(node.target).split("."):
         found = getattr(found, name, None)
     return found
+
+
+def number_of(node: torch.fx.Node) -> Any:
+    """The number in a tensor without dims that a ``get_attr`` node reads; ``None`` if it isn't known."""
+    found = attribute_of(node)
+    if not isinstance(found, torch.Tensor) or isinstance(found, FakeTensor):
+        return None
+    with unset_fake_temporarily():
+        return found.item()
 
 
 def calls_its_graph(target: torch._ops.HigherOrderOperator) -> bool:

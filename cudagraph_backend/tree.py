@@ -42,6 +42,7 @@ from cudagraph_backend.torch_internals import StorageWeakRef, addresses_equal, c
 
 TOO_MANY_GRAPHS = Refusal("the region holds max_graphs graphs")
 _NO_MEMORY = Refusal("no memory to capture a graph")
+_MET_ONCE = Refusal("a size that depends on data is met for the first time")
 _ADDRESSES_MOVE = Refusal("arguments keep moving to new addresses")
 
 _UNUSED_CAPTURES = 32  # a loop over layers calls one region with as many sets of parameters before any is met again
@@ -51,6 +52,7 @@ _FOUND_PER_INPUT = 8
 _CACHES_PER_INPUT = 2
 _FOUND_OFTEN = 8
 _FOUND_REMEMBERED = 256
+_SIZES_REMEMBERED = 1024
 _SIGHTINGS = 4  # x = f(x) alternates between two
 _HELD_PLACES = 2  # out = f(x) alternates between two; where more outputs are kept, calls get copies
 _PLACES_PER_STEP = 16  # whose outputs are all alive; with the next place calls get copies, too
@@ -174,6 +176,7 @@ class Tree:
         self._calls = 0
         self._captures_again = 0  # the number of the call from which on there may be memory
         self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
+        self._met: set[Sizes] = set()  # buckets, where sizes depend on data
         self._put_off: set[tuple[Where, tuple[int | None, ...]]] = set()
 
     # ---- the hot path
@@ -401,11 +404,17 @@ class Tree:
     def refused_capture(self, plan: Plan, where: Where, place: Place) -> Refusal | None:
         """Why no graph is captured for a call, though there is none for it.
 
-        After many captures that no call made use of, addresses must be met twice to be captured.
+        After many captures that no call made use of, addresses must be met twice to be captured. So must sizes that
+        depend on data: most of them may never come again.
         """
         self._calls += 1
         if self._calls < self._captures_again:
             return _NO_MEMORY
+        if self._region.sizes_from_data and plan.bucket.sizes not in self._met:
+            if len(self._met) >= _SIZES_REMEMBERED:
+                self._met.clear()
+            self._met.add(plan.bucket.sizes)
+            return _MET_ONCE
         if not self.has_room():
             return TOO_MANY_GRAPHS
         if place not in self.places and len(self.places) >= _PLACES and not self._drop_idle_place():

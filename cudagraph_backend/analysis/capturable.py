@@ -26,10 +26,8 @@ from cudagraph_backend.analysis.padding.call import leaves
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import (
-    SYMBOLIC,
     attribute_of,
     calls_its_graph,
-    expr,
     flat_arguments,
     is_backed,
     is_higher_order,
@@ -177,7 +175,8 @@ def _refused_op(node: Node, unsafe: Collection[str]) -> Refusal | None:
     if (reason := _reason_against(node.target, unsafe)) is not None:
         return _refuse(node, reason)
     # The tag dynamic_output_shape says too little: aten.index has it, and gives such a shape for boolean masks only.
-    if any(map(_has_unbacked_size, (node, *node.all_input_nodes))):
+    # What reads the size is captured for the sizes that it is given, as any other.
+    if any(not is_backed(symbol) for symbol in symbols_made(node)):
         return _refuse(node, "a size or value depends on data")
     if _counts_a_mask(node):
         return _refuse(node, "how many entries a mask has is read back")
@@ -255,16 +254,6 @@ def symbols_made(node: Node) -> frozenset[sympy.Symbol]:
     if not (symbols := symbols_in(node)) or node.op != "call_function":
         return frozenset()
     return symbols.difference(*map(symbols_in, node.all_input_nodes), *map(symbols_of, flat_arguments(node)))
-
-
-def _has_unbacked_size(node: Node) -> bool:
-    for value in leaves(value_of(node)):
-        sizes: tuple[Any, ...] = (value,)
-        if isinstance(value, torch.Tensor):
-            sizes = (*value.shape, *value.stride(), value.storage_offset())
-        if any(isinstance(size, SYMBOLIC) and not is_backed(expr(size)) for size in sizes):
-            return True
-    return False
 
 
 def _refuse(node: Node, reason: str) -> Refusal:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.capturable import tensors_of
-from cudagraph_backend.torch_internals import fake_mode_of, is_operator
+from cudagraph_backend.torch_internals import fake_mode_of, is_operator, number_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -23,6 +23,8 @@ def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
     Others, which are also returned, written, or read on the CPU, get a copy on ``device`` for the operators there.
     Returns the indices of inputs among those moved, which calls of the graph must move.
     """
+    if device.type == "cuda":
+        _write_out_constants(graph)
     moved = {node for node in graph.nodes if _is_scalar(node)} if device.type == "cuda" else set()
     while fixed := {node for node in moved if not _can_move(node, moved, device)}:
         moved -= fixed
@@ -34,6 +36,19 @@ def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
     if device.type == "cuda":
         _copy_scalars(graph, device)
     return frozenset(i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in moved)
+
+
+def _write_out_constants(graph: Graph) -> None:
+    """Let numbers that were tensors in the user's code (``torch.tensor(2.0)``) be made in the graph, on any device."""
+    for node in graph.find_nodes(op="get_attr"):
+        number = number_of(node) if _is_scalar(node) else None
+        if number is not None:
+            with graph.inserting_before(node):
+                settings = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
+                made = graph.call_function(aten.full.default, ((), number), settings)
+            made.meta.update(node.meta)
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
 
 
 def _copy_scalars(graph: Graph, device: torch.device) -> None:
