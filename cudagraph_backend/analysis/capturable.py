@@ -80,6 +80,7 @@ _READ_BACK = (
     "fbgemm::dense_to_jagged",
     "fbgemm::jagged_to_padded_dense",
 )
+_OTHER_MEMORY = ("aten::set_", "aten::resize_", "aten::resize_as_", "inductor::resize_storage_bytes_")
 _MASKED_WRITES = ("aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "prims::_unsafe_index_put_")
 _MASKED_READS = ("aten::index", "aten::_unsafe_index")
 
@@ -199,6 +200,8 @@ def _reason_against(target: Any, unsafe: Collection[str]) -> str | None:
     name = operator_schema(target).name if is_operator(target) else ""
     if name == "aten::_print":
         return "it prints, which a replay does not"
+    if name in _OTHER_MEMORY:
+        return "it gives a tensor other memory, which a replay does not"
     return "it reads a value back" if name in _READ_BACK else None
 
 

@@ -41,6 +41,9 @@ def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
 def _write_out_constants(graph: Graph) -> None:
     """Let numbers that were tensors in the user's code (``torch.tensor(2.0)``) be made in the graph, on any device."""
     for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+            continue
         number = number_of(node) if _is_scalar(node) else None
         if number is not None:
             with graph.inserting_before(node):

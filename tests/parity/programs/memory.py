@@ -55,9 +55,9 @@ def attribute_is_changed(device):
     return calls(Model(), lambda n: (randn(n, 4, device=device),))
 
 
-@section.program()
+@section.program(captures=False)
 def parameter_is_masked_through_data(device):
-    """``weight.data *= mask`` before each use."""
+    """``weight.data *= mask`` before each use gives the parameter other memory at each call."""
 
     class Model(nn.Module):
         def __init__(self):
