@@ -173,6 +173,8 @@ class RegionCompile:
             compiled = _inductor(part.module, part.examples, region, {**self.inductor, "static_input_idxs": indices})
         if not torch_internals.is_compiled_graph(compiled):
             raise CannotSplit("a part computes nothing")
+        if unbound := torch_internals.unbound_sizes(compiled):
+            raise CannotSplit(f"Inductor reads the size {unbound[0]}, which the part does not get")
         texts = torch_internals.output_strides(compiled) or [None] * len(traced)
         for slot, value, stride in zip(part.makes, traced, texts, strict=True):
             if cut.is_read(slot) and not _has_strides(value, stride, region):
@@ -250,10 +252,15 @@ class _Entry:
 
 
 def _has_strides(value: Any, stated: Sequence[str] | None, region: Region) -> bool:
-    """Whether Inductor lays out ``value`` as it was traced, which is what the parts that read it count on."""
+    """Whether Inductor lays out ``value`` as it was traced, which is what the parts that read it count on.
+
+    It states no strides that depend on data; there its own code, too, counts on those that were traced.
+    """
     if not isinstance(value, torch.Tensor):
         return True
-    return stated is not None and [*map(region.shapes.parse, stated)] == [*map(torch_internals.expr, value.stride())]
+    if stated is None:
+        return not all(torch_internals.is_backed(torch_internals.expr(step)) for step in value.stride())
+    return [*map(region.shapes.parse, stated)] == [*map(torch_internals.expr, value.stride())]
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], region: Region, kwargs: Mapping[str, Any]) -> Any:

@@ -223,6 +223,19 @@ def call_input(node: torch.fx.Node) -> int | None:
     return described.idx if isinstance(described, PlainAOTInput) else None
 
 
+def unbound_sizes(compiled: Any) -> list[str]:
+    """The names of sizes that generated code reads and nothing in it defines.
+
+    Inductor counts on sizes of the frame that the graph was cut from (seen with torch 2.11, in the checks of sizes
+    that depend on data).
+    """
+    call = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
+    if not isinstance(call, types.MethodType):
+        return []
+    code, known = call.__func__.__code__, call.__func__.__globals__
+    return [name for name in code.co_names if re.fullmatch(r"[su]\d+", name) and name not in known]
+
+
 def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torch.Tensor]) -> Compiled | None:
     """The region's generated code bound to private globals, with ``allocate(size, stride, dtype)`` for its buffers.
 

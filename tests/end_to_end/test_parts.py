@@ -165,6 +165,58 @@ def test_a_size_that_depends_on_data(device, weight):
     assert kinds() == "[c.c]"
 
 
+def test_rows_picked_by_data_are_padded_and_captured_when_met_again(device, weight):
+    """The number of rows is known in the middle of a call: what comes behind is one graph for all of a bucket."""
+
+    def function(x, mask, w):
+        rows = mask.nonzero().squeeze(-1)
+        return (x[rows] @ w).relu() * 2, rows.shape[0]
+
+    compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
+    w, x = weight, torch.randn(32, 8, device=device)
+    with torch.no_grad():
+        for picked in (11, 14, 16, 9, 12, 0, 20):
+            mask = torch.zeros(32, dtype=torch.bool, device=device)
+            mask[torch.randperm(32, device=device)[:picked]] = True
+            (got, count), (expected, _) = compiled(x, mask, w), function(x, mask, w)
+            assert count == picked
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    stats = sg.stats()
+    assert stats.fallbacks["a size that depends on data is met for the first time"] == 3  # 16 rows, none, 24
+    assert stats.replays == 4
+
+
+def test_a_check_of_a_size_that_depends_on_data_holds_for_its_bucket(device):
+    """A bucket that the user's own check refuses would raise where eager does not."""
+
+    def function(x, mask):
+        rows = mask.nonzero().squeeze(-1)
+        torch._check(rows.shape[0] % 3 == 0)
+        return x[rows].relu() * 2 + 1
+
+    compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
+    x = torch.randn(32, 8, device=device)
+    with torch.no_grad():
+        for picked in (9, 12, 9, 12, 15, 9):
+            mask = torch.arange(32, device=device) < picked
+            torch.testing.assert_close(compiled(x, mask), function(x, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_dims_of_which_nothing_is_known(device):
+    """Marked as unbacked, and found equal while compiling: torch 2.11 then reads a size that a part does not get."""
+
+    def function(x, y):
+        return (x + 1) + (y + 1) + x @ y + wave(y + 1)
+
+    compiled = torch.compile(function, backend="sharedgraph")
+    with torch.no_grad():
+        for n in (4, 4, 7, 7, 5):
+            x, y = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+            torch._dynamo.decorators.mark_unbacked(y, 1)
+            torch.testing.assert_close(compiled(x, y), function(x, y), rtol=1e-4, atol=1e-4)
+
+
 def test_a_value_with_a_size_that_depends_on_data_passes_an_uncapturable_operator(device, weight):
     def function(x, w):
         rows = (x @ w)[:, 0].nonzero()

@@ -94,28 +94,38 @@ def prepare() -> None:
     HostDriver.poison = True
 
 
-def judge(program: Program, device: torch.device) -> Outcome:
-    """Run a program in every way that there is on ``device``."""
+def judge(program: Program, device: torch.device, lost: str = "") -> Outcome:
+    """Run a program in every way that there is on ``device``; without stock, if that has ``lost`` a process before."""
     outcome = {"name": program.name, "kind": program.kind, "what": program.what, "expected": program.expected}
     if device.type != "cuda" and program.needs_cuda:
         return Outcome(**outcome, left_out=f"needs a GPU: {program.needs_cuda}")
     try:
         with _settings(program, device), program.around(device):
-            eager = _values(program, device, lambda function: function)
-            stock = _stock(program, device, eager) if device.type == "cuda" else None
-            ours = _ours(program, device, eager)
+            right = [_values(program, device, lambda function: function)]
+            if program.draws and device.type == "cuda":
+                right.append(_inductors(program, device))
+            stock = Side(problem=lost) if lost else None
+            if device.type == "cuda" and not lost:
+                stock = _stock(program, device, right)
+            ours = _ours(program, device, right)
     except Exception as error:
         return Outcome(**outcome, ours=Side(problem=f"in eager: {_text(error)}"))
     unexpected = tuple(what for what in ours.uncaptured if not any(piece in what for piece in program.leaves))
     return Outcome(**outcome, unexpected=unexpected, stock=stock, ours=ours)
 
 
-def _ours(program: Program, device: torch.device, eager: Sequence[Any]) -> Side:
+def _inductors(program: Program, device: torch.device) -> list[Any]:
+    """The values of Inductor alone, which may draw the same random numbers in another order than eager."""
+    with _alone():
+        return _values(program, device, torch.compile)
+
+
+def _ours(program: Program, device: torch.device, right: Sequence[list[Any]]) -> Side:
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, backend="sharedgraph", options={"capture": "always"})
 
     with _alone():
-        problem, _kept = _run(program, device, compile, eager)
+        problem, _kept = _run(program, device, compile, right)
         return Side(graphs=sg.stats().graphs, uncaptured=_uncaptured(), problem=problem)
 
 
@@ -130,12 +140,12 @@ def _uncaptured() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _stock(program: Program, device: torch.device, eager: Sequence[Any]) -> Side:
+def _stock(program: Program, device: torch.device, right: Sequence[list[Any]]) -> Side:
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, mode="reduce-overhead")
 
     with _alone():
-        problem, _kept = _run(program, device, compile, eager)
+        problem, _kept = _run(program, device, compile, right)
         counted = counters["inductor"]
         return Side(
             graphs=stock_graph_count(device),
@@ -146,9 +156,12 @@ def _stock(program: Program, device: torch.device, eager: Sequence[Any]) -> Side
 
 
 def _run(
-    program: Program, device: torch.device, compile: Compile, eager: Sequence[Any]
+    program: Program, device: torch.device, compile: Compile, right: Sequence[list[Any]]
 ) -> tuple[str | None, list[Callable[..., Any]]]:
-    """The first problem, and what was compiled: graphs are there as long as that is."""
+    """The first problem, and what was compiled: graphs are there as long as that is.
+
+    There is none if the values are some of the ``right`` ones; else it is told beside the first of these, eager's.
+    """
     kept: list[Callable[..., Any]] = []
 
     def compile_and_keep(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,7 +169,9 @@ def _run(
         return kept[-1]
 
     try:
-        return difference(_values(program, device, compile_and_keep), eager, program.tolerance), kept
+        values = _values(program, device, compile_and_keep)
+        problems = [difference(values, expected, program.tolerance) for expected in right]
+        return None if None in problems else problems[0], kept
     except Exception as error:
         return _text(error), kept
 

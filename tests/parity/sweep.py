@@ -24,6 +24,8 @@ class _Worker:
     process: Any
     pipe: Connection
     started: float
+    lost: str = ""
+    """What became of a first process, in which stock ran too; empty in that one."""
 
 
 def sweep(programs: Sequence[Program], device: torch.device, jobs: int, seconds: float = SECONDS) -> Iterator[Outcome]:
@@ -48,36 +50,41 @@ def sweep(programs: Sequence[Program], device: torch.device, jobs: int, seconds:
         for pipe in done:
             worker = working.pop(pipe)  # type: ignore[arg-type]
             ended.append(worker.process)
-            yield _heard(worker, seconds)
+            outcome, lost = _heard(worker, seconds)
+            if lost and device.type == "cuda" and not worker.lost:  # by whom? Ours is tried alone
+                again = _start(context, worker.program, device, lost)
+                working[again.pipe] = again
+            else:
+                yield outcome
     for process in ended:
         process.join(timeout=10)  # an end takes a while on a GPU, so nothing waited for it before
         process.kill()
 
 
-def _start(context: Any, program: Program, device: torch.device) -> _Worker:
+def _start(context: Any, program: Program, device: torch.device, lost: str = "") -> _Worker:
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(program, device, theirs), daemon=True)
+    process = context.Process(target=_work, args=(program, device, theirs, lost), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(program, process, ours, time.monotonic())
+    return _Worker(program, process, ours, time.monotonic(), lost)
 
 
-def _work(program: Program, device: torch.device, pipe: Connection) -> None:
+def _work(program: Program, device: torch.device, pipe: Connection, lost: str) -> None:
     """What makes a program is a function of a module, and is sent by its name."""
     prepare()
-    pipe.send(judge(program, device))
+    pipe.send(judge(program, device, lost))
 
 
-def _heard(worker: _Worker, seconds: float) -> Outcome:
-    """What a worker said, or that it said nothing."""
+def _heard(worker: _Worker, seconds: float) -> tuple[Outcome, str]:
+    """What a worker said, or that it said nothing, and what became of it then."""
     program, problem = worker.program, f"no answer within {seconds:.0f} s"
     try:
         if worker.pipe.poll():
-            return worker.pipe.recv()
+            return worker.pipe.recv(), ""
     except EOFError:
         worker.process.join()
         problem = f"the process ended: {worker.process.exitcode}"
     finally:
         worker.pipe.close()
     worker.process.kill()
-    return Outcome(program.name, program.kind, program.what, program.expected, ours=Side(problem=problem))
+    return Outcome(program.name, program.kind, program.what, program.expected, ours=Side(problem=problem)), problem

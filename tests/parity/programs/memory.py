@@ -55,7 +55,7 @@ def attribute_is_changed(device):
     return calls(Model(), lambda n: (randn(n, 4, device=device),))
 
 
-@section.program(captures=False)
+@section.program(captures=False, leaves=("other memory",))
 def parameter_is_masked_through_data(device):
     """``weight.data *= mask`` before each use gives the parameter other memory at each call."""
 

@@ -132,9 +132,9 @@ def cpu_scalar_computed_before_it_is_read(device):
     )
 
 
-@section.program(needs_cuda=BOTH)
+@section.program(needs_cuda=BOTH, leaves=MIXED)
 def cpu_scalars(device):
-    """Several of them, one of which meets another."""
+    """Several of them, one of which meets another: that result belongs on the CPU."""
 
     def function(s, t, x):
         return s + t, s + x, t * x
