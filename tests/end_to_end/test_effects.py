@@ -136,3 +136,26 @@ def test_a_bad_index_is_an_error_and_leaves_the_backend_usable():
         with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
             compiled(table, torch.tensor([1, 99]))
         torch.testing.assert_close(compiled(table, torch.tensor([7, 8])), table[[7, 8]])
+
+
+def test_a_parameter_gets_other_memory_at_each_call(device):
+    """``weight.data = …`` in what is compiled: a replay would leave the parameter where it was."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+            self.register_buffer("mask", torch.tensor([0.5, 1.0, 2.0, 1.0]))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.data *= self.mask
+            return x @ self.weight + 1
+
+    ours, eager = Masked().to(device), Masked().to(device)
+    compiled = torch.compile(ours, backend="sharedgraph")
+    for n in (4, 4, 4, 7, 7):
+        x = torch.randn(n, 4, device=device)
+        torch.testing.assert_close(compiled(x), eager(x))
+        torch.testing.assert_close(ours.weight, eager.weight)
+    assert sg.stats().fallbacks == {"it gives a tensor other memory, which a replay does not": 5}

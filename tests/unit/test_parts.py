@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from cudagraph_backend.analysis.capturable import devices_of
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.parts import Part, Split, split
 from cudagraph_backend.analysis.scalars import move_scalars, moving
@@ -308,6 +309,25 @@ def test_a_constant_on_the_cpu_that_the_cpu_reads_too_is_made_once_more():
         (["full", "mul", "sin"], True),
         (["full", "add"], False),
     ]
+
+
+def test_a_number_in_a_tensor_of_the_graphs_own_is_made_on_the_gpu():
+    """``x * torch.tensor(0.5)``; what Dynamo keeps of the user's tensor and nobody reads is on no device."""
+    graph, mode = Graph(), FakeTensorMode()
+    x, half, unread = graph.placeholder("x"), graph.get_attr("half"), graph.get_attr("half")
+    scaled = graph.call_function(aten.mul.Tensor, (x, half))
+    with mode:
+        x.meta["val"] = scaled.meta["val"] = torch.empty(3, device=CUDA)
+        half.meta["val"] = unread.meta["val"] = torch.empty(())
+    graph.output((scaled,))
+    root = torch.nn.Module()
+    root.register_buffer("half", torch.tensor(0.5))
+    module = GraphModule(root, graph)
+    assert devices_of(module.graph) == {CPU, CUDA}
+    assert move_scalars(module.graph, CUDA) == frozenset()
+    assert devices_of(module.graph) == {CUDA}
+    (made,) = (node for node in module.graph.nodes if node.target is aten.full.default)
+    assert (made.args, made.kwargs["dtype"], made.kwargs["device"]) == (((), 0.5), torch.float32, CUDA)
 
 
 def test_a_result_on_the_cpu_that_the_gpu_reads_is_copied():
