@@ -314,14 +314,14 @@ def test_a_constant_on_the_cpu_that_the_cpu_reads_too_is_made_once_more():
 def test_a_number_in_a_tensor_of_the_graphs_own_is_made_on_the_gpu():
     """``x * torch.tensor(0.5)``; what Dynamo keeps of the user's tensor and nobody reads is on no device."""
     graph, mode = Graph(), FakeTensorMode()
-    x, half, unread = graph.placeholder("x"), graph.get_attr("half"), graph.get_attr("other")
+    x, half, unread = graph.placeholder("x"), graph.get_attr("number"), graph.get_attr("other")
     scaled = graph.call_function(aten.mul.Tensor, (x, half))
     with mode:
         x.meta["val"] = scaled.meta["val"] = torch.empty(3, device=CUDA)
         half.meta["val"] = unread.meta["val"] = torch.empty(())
     graph.output((scaled,))
     root = torch.nn.Module()
-    root.register_buffer("half", torch.tensor(0.5))
+    root.register_buffer("number", torch.tensor(0.5))
     root.register_buffer("other", torch.tensor(2.0))
     module = GraphModule(root, graph)
     assert devices_of(module.graph) == {CPU, CUDA}
