@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -226,6 +227,7 @@ class _Cuts:
         if self._entry is None or name in self._failed:
             return
         self._failed[name] = reason
+        lost = torch_internals.lost_guards(self._module.graph)
         try:
             with self._compilation.resumed():
                 torch_internals.retrace_strides(self._module, self._examples)
@@ -236,7 +238,10 @@ class _Cuts:
             # Without references to the call's frames, which hold its arguments.
             log.info("region %d is not captured around %s: %s", self._compile.number, name, repr(error))
             return
-        if call is not None and not torch_internals.has_lost_guards(self._module.graph):
+        if torch_internals.lost_guards(self._module.graph) > lost:
+            text = "region %d is not captured around %s: in parts, it would hold for certain sizes only"
+            log.info(text, self._compile.number, name)
+        elif call is not None:
             self._entry.call = call
 
 
@@ -267,7 +272,8 @@ def _inductor(gm: GraphModule, example_inputs: Sequence[Any], region: Region, kw
     """Inductor's code for a region, whose graph the analysis may have given more inputs."""
     inputs = gm.graph.find_nodes(op="placeholder")
     counts = [inputs[count.index].meta["val"] for count in region.counts]
-    return torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)
+    with torch_internals.without_graph_cache() if region.sizes_from_data else contextlib.nullcontext():
+        return torch_internals.compile_region(gm, [*example_inputs, *counts], **kwargs)
 
 
 def _raise_refusals(region: Region) -> None:

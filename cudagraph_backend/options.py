@@ -46,8 +46,8 @@ class Options:
         fill: what padded rows of inputs hold: copies of the last real row (``"replica"``), ``"zero"``, a number, or by
             input name one of these, ``{"labels": -100}``; inputs that are not named hold replicas. A name is the last
             identifier of the way to an input (``labels`` for ``batch["labels"]``) or all of it (``batch.labels``).
-        on_overwrite: what happens to an output of an earlier step that is alive when its memory is needed: it is moved
-            out (``"preserve"``), or later accesses to it raise (``"error"``), as with PyTorch's own CUDA graph trees.
+        on_overwrite: what happens to an output of an earlier step that is alive when its memory is needed: it stays
+            (``"preserve"``), or later accesses to it raise (``"error"``), as with PyTorch's own CUDA graph trees.
         driver: ``"cuda"`` captures CUDA graphs, ``"host"`` runs the same machinery on the CPU, ``"auto"`` takes the
             one that fits a region's device, ``"off"`` runs the compiled regions as they are.
         capture: ``"auto"`` keeps a graph unless replaying it measures slower than the plain call (regions without
@@ -125,11 +125,6 @@ def environment_options(text: str | None) -> dict[str, Any]:
         return checked_options(given)
     except OptionError as error:
         raise OptionError(f"environment variable {ENVIRONMENT}: {error}") from None
-
-
-def parse_options(given: Mapping[str, Any] | None) -> Options:
-    """Options as given, the rest as by default. Raises ``OptionError``."""
-    return Options(**checked_options(given))
 
 
 def checked_options(given: Mapping[str, Any] | None) -> dict[str, Any]:

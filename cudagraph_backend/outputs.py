@@ -6,7 +6,7 @@ is observed in the run before capture. From it and the region's expressions come
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -266,7 +266,7 @@ def copy_out(layout: Layout, outputs: Sequence[Any], storages: Sequence[torch.Un
     return len(targets)
 
 
-def own_memory(layout: Layout, copied: Iterable[int], device: torch.device) -> dict[int, torch.UntypedStorage]:
+def own_memory(layout: Layout, copied: Container[int], device: torch.device) -> dict[int, torch.UntypedStorage]:
     """Memory that is no range's, for the copies that a call gets of the ranges with these indices.
 
     Raises ``torch.OutOfMemoryError``.
@@ -274,8 +274,8 @@ def own_memory(layout: Layout, copied: Iterable[int], device: torch.device) -> d
     with outside_inference_mode():
         return {
             index: torch.empty(layout.range_nbytes[index], dtype=torch.uint8, device=device).untyped_storage()
-            for index in copied
-            if layout.loans[index] is not None
+            for index, loan in enumerate(layout.loans)
+            if loan is not None and index in copied
         }
 
 

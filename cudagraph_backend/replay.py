@@ -132,18 +132,14 @@ class Replayer:
     def _answer(
         self, table: Table, plan: Plan, layout: Layout, route: Route, graph: Graph, args: list[Any]
     ) -> list[Any] | Refusal:
-        own = self._own_memory(layout, route)
-        if isinstance(own, Refusal):
-            return own
         if table.device.driver.poison:
             table.device.poison_free_bytes()
         graph.replay(route.stage, args)
-        return self._finish(table, plan, layout, route, args, own)
+        return self._finish(table, plan, layout, route, args)
 
-    def _finish(
-        self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any], own: Mapping[int, Any]
-    ) -> list[Any]:
+    def _finish(self, table: Table, plan: Plan, layout: Layout, route: Route, args: list[Any]) -> list[Any]:
         write_back(route.written, args)
+        own = self._own_memory(layout, route) if route.place.copied else _NOTHING
         outputs = make_outputs(layout, table.device.pool, route.place.outputs, args, current_step(), own)
         if own:
             table.tree.note_copies(route.place, own)
@@ -151,13 +147,12 @@ class Replayer:
         self.counters.count(plan, route, len(own))
         return outputs
 
-    def _own_memory(self, layout: Layout, route: Route) -> Mapping[int, torch.UntypedStorage] | Refusal:
-        """Memory for the outputs that the call gets copies of; had before anything is changed."""
-        copied = route.place.copied
+    def _own_memory(self, layout: Layout, route: Route) -> Mapping[int, torch.UntypedStorage]:
+        """Memory for the outputs that the call gets copies of; where there is none, their ranges are lent."""
         try:
-            return own_memory(layout, copied, self.region.device) if copied else _NOTHING
-        except torch.OutOfMemoryError as error:
-            return Refusal(f"no memory for copies of outputs: {error}")
+            return own_memory(layout, route.place.copied, self.region.device)
+        except torch.OutOfMemoryError:
+            return _NOTHING
 
     # ---- the first call of a bucket
 
@@ -236,8 +231,7 @@ class Replayer:
                 table.refuse_bucket(plan.bucket, slower)
         except CaptureError as error:
             failed = self._failed(table, error)
-        own = own_memory(plan.layout, route.place.copied, self.region.device)
-        outputs = self._finish(table, plan, plan.layout, route, args, own)
+        outputs = self._finish(table, plan, plan.layout, route, args)
         if failed is not None:
             self._count(failed)  # last, as it may raise: what the run has changed is written back by now
         return outputs

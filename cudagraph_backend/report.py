@@ -40,7 +40,8 @@ class Stats:
         executable_bytes: what the executables of the graphs that are held took when they were made (CUDA). This memory
             is no allocator's: only ``torch.cuda.mem_get_info`` sees it. Measured as the fall of free memory, so an
             estimate where other processes use the device.
-        outputs_copied_out: outputs that calls got as copies in memory of their own, because callers keep earlier ones.
+        outputs_copied_out: outputs that calls got as copies in memory of their own, because callers keep earlier ones;
+            those that share memory count once.
         staged_copies: arguments that were copied to where a graph reads them.
         read_in_place: arguments, outputs of earlier calls, that a graph read where they were.
         output_copies: outputs, over all graphs, that are copied to the pool in the graph and not written there at once.

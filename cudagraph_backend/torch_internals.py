@@ -17,7 +17,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
-from weakref import WeakSet
+from weakref import finalize
 
 import sympy
 import torch
@@ -66,6 +66,15 @@ def compile_regions(
 def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Compile one AOT region with Inductor. ``kwargs`` are what ``compile_fx`` passed; they differ by release."""
     return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def without_graph_cache() -> contextlib.AbstractContextManager[None]:
+    """Compile in here what the FX graph cache can't tell apart.
+
+    Inductor's code checks sizes that depend on data as the whole frame says. The cache's key is the graph, and that of
+    a part need not hold the operators which say so.
+    """
+    return inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False)
 
 
 class Compilation:
@@ -188,18 +197,20 @@ def keep_precompiled_code_apart(backend: Any) -> None:
     plain Inductor's code. Of ours it could keep no more than an entry without code, in place of that of the other.
     """
     load, record = DynamoCache.load, DynamoCache.record_package
-    ours: WeakSet[types.CodeType] = WeakSet()
+    ours: set[int] = set()  # by identity: equal code may stand in another file
 
     def load_unless_ours(function: Callable[..., Any]) -> Any:
         context = sys._getframe(1).f_locals.get("self")  # the cache is not told for which backend it is asked
         code = innermost_fn(function).__code__
         if backend in _backends_of(context):
-            ours.add(code)
+            if id(code) not in ours:
+                ours.add(id(code))
+                finalize(code, ours.discard, id(code))
             _reset_precompile_entries(code)  # those that another backend has loaded
-        return None if code in ours else load(function)
+        return None if id(code) in ours else load(function)
 
     def record_unless_ours(package: Any) -> None:
-        if package._innermost_fn.__code__ not in ours:
+        if id(package._innermost_fn.__code__) not in ours:
             record(package)
 
     DynamoCache.load = load_unless_ours  # type: ignore[method-assign, assignment]
@@ -394,13 +405,13 @@ class Shapes:
         return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
 
 
-def has_lost_guards(graph: torch.fx.Graph) -> bool:
-    """Whether what was compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
+def lost_guards(graph: torch.fx.Graph) -> int:
+    """How often what was compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
 
     Of backwards, which are always compiled after that, PyTorch takes the risk.
     """
     shape_env = getattr(fake_mode_of(graph), "shape_env", None)
-    return shape_env is not None and shape_env.counter["ignored_backward_guard"] > 0
+    return 0 if shape_env is None else shape_env.counter["ignored_backward_guard"]
 
 
 def _by_name(symints: Sequence[torch.SymInt]) -> dict[str, torch.SymInt]:

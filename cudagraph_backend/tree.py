@@ -58,6 +58,7 @@ _HELD_PLACES = 2  # out = f(x) alternates between two; where more outputs are ke
 _PLACES_PER_STEP = 16  # whose outputs are all alive; with the next place calls get copies, too
 _COPIES_WATCHED = 4  # a caller who keeps no more than so many outputs would do with as many places
 _COPIES_DIED = 8
+_MOST_DOUBLINGS = 12
 _BLOCKED_CALLS = 64  # a place that was of no use for so many calls is dropped when another one takes its role
 
 
@@ -68,11 +69,11 @@ class Copies:
         self._last: deque[StorageWeakRef] = deque(maxlen=_COPIES_WATCHED)
         self._died = 0
 
-    def add(self, copy: torch.UntypedStorage) -> bool:
-        """Note a new copy; whether copies have died young for long, so that a few more places would spare them."""
+    def add(self, copy: torch.UntypedStorage) -> int:
+        """Note a new copy; returns how many in a row were made since when an older one had died young."""
         self._died = self._died + 1 if self._last and self._last[0].expired() else 0
         self._last.append(StorageWeakRef(copy))
-        return self._died >= _COPIES_DIED
+        return self._died
 
 
 @dataclass(eq=False)
@@ -177,6 +178,7 @@ class Tree:
         self._captures_again = 0  # the number of the call from which on there may be memory
         self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
         self._met: set[Sizes] = set()  # buckets, where sizes depend on data
+        self._lent_after_all = 0
         self._put_off: set[tuple[Where, tuple[int | None, ...]]] = set()
 
     # ---- the hot path
@@ -302,16 +304,24 @@ class Tree:
     def note_copies(self, place: Place, copies: Mapping[int, torch.UntypedStorage]) -> None:
         """After a call that got copies of some ranges: lend those ranges from now on whose copies die young.
 
-        Places that were blocked all the while are dropped then: this one has taken their role.
+        Places that kept outputs blocked all the while are dropped then: this one has taken their role. Where now and
+        then an output is kept after all, that blocks this place, too, and costs captures: so it takes twice as many
+        copies each time.
         """
+        enough = _COPIES_DIED << min(self._lent_after_all, _MOST_DOUBLINGS)
         for index, copy in copies.items():
-            if place.copied[index].add(copy) and not self.is_full():
+            if place.copied[index].add(copy) >= enough and not self.is_full():
                 del place.copied[index]
+                self._lent_after_all += 1
         if not place.copied:
-            alike = [p for p in self.places if (p.inputs, p.static_addresses) == (place.inputs, place.static_addresses)]
-            for other in alike:
-                if other.used < self._calls - _BLOCKED_CALLS:
-                    self._drop(other)
+            for other in [other for other in self.places if self._is_blocked_twin(other, place)]:
+                self._drop(other)
+
+    def _is_blocked_twin(self, other: Place, place: Place) -> bool:
+        """Whether calls that come to ``place`` would come to the other one, which kept outputs block for long."""
+        is_twin = (other.inputs, other.static_addresses) == (place.inputs, place.static_addresses)
+        is_idle = other.used < self._calls - _BLOCKED_CALLS
+        return other is not place and is_twin and is_idle and any(map(self._is_kept, other.outputs))
 
     def _may_be_lost(self, blockers: Sequence[OutputRange], where: Where, args: Sequence[Any]) -> bool:
         """Whether later uses of live outputs may raise instead, if the user chose that.

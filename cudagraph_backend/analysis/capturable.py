@@ -28,6 +28,7 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import (
     attribute_of,
     calls_its_graph,
+    expr,
     flat_arguments,
     is_backed,
     is_higher_order,
@@ -234,7 +235,8 @@ def _counts_a_mask(node: Node) -> bool:
     is_masked = any(t.dtype in (torch.bool, torch.uint8) for index in indices for t in tensors_of(index))
     if name in _MASKED_READS or len(node.args[1]) > 1:  # type: ignore[arg-type]
         return is_masked
-    return is_masked and any(t.numel() != 1 for t in tensors_of(node.args[2]))  # type: ignore[arg-type]
+    counts = (expr(t.numel()) for t in tensors_of(node.args[2]))  # type: ignore[arg-type]
+    return is_masked and any(count != 1 for count in counts)  # as expressions: a comparison of sizes may be a guard
 
 
 def _refused_wait(node: Node, unsafe: Collection[str]) -> Refusal | None:

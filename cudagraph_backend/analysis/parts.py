@@ -14,14 +14,13 @@ from torch.fx import Graph, GraphModule, Node
 from cudagraph_backend.analysis.capturable import op_refusal, symbols_in, symbols_made
 from cudagraph_backend.analysis.inputs import input_refusals, size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
-from cudagraph_backend.analysis.operators import has_token, is_token, read_by
+from cudagraph_backend.analysis.operators import has_token, is_token, read_by, targets_of
 from cudagraph_backend.analysis.source import source_line
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.region import SizeInput
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
     expr,
-    is_operator,
     mark_visible,
     module_of,
     visible_outputs,
@@ -98,9 +97,8 @@ def split(
 
 
 def _failed_before(node: Node, failed: Mapping[str, str]) -> Refusal | None:
-    """Why an operator can't be captured, or one that it is given to call."""
-    names = (str(target) for target in (node.target, *node.args) if is_operator(target))
-    found = next((name for name in names if name in failed), None)
+    """Why a node can't be captured, for one of the operators that it runs."""
+    found = next((name for name in map(str, targets_of(node)) if name in failed), None)
     return None if found is None else Refusal(f"its capture failed: {failed[found]}", found, source_line(node))
 
 

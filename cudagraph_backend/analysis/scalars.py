@@ -76,7 +76,7 @@ def moving(call: Callable[[list[Any]], Sequence[Any]], indices: frozenset[int], 
 
     def call_with_moved(args: list[Any]) -> Sequence[Any]:
         for index in indices:
-            args[index] = args[index].to(device, non_blocking=True)
+            args[index] = args[index].to(device)
         return call(args)
 
     return call_with_moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -160,7 +162,8 @@ def test_where_that_is_not_possible_the_region_runs_uncaptured(why, monkeypatch)
             torch_internals, "output_strides", lambda c: [("1", "8")] if len(compilations) > 3 else output_strides(c)
         )
     if why == "a guard that nothing checks":
-        monkeypatch.setattr(torch_internals, "has_lost_guards", lambda graph: True)
+        numbers = itertools.count()
+        monkeypatch.setattr(torch_internals, "lost_guards", lambda graph: next(numbers))
     weight = torch.randn(8, 8)
     compiled = torch.compile(once, backend="sharedgraph", dynamic=True)
     with torch.no_grad():
@@ -176,3 +179,20 @@ def test_with_strict_it_is_an_error():
     compiled = torch.compile(once, backend="sharedgraph", options={"strict": True, "pad": "assume"})
     with torch.no_grad(), pytest.raises(sg.RefusalError, match=r"capture failed.*cut_out.sine"):
         compiled(torch.randn(5, 8), torch.randn(8, 8))
+
+
+def test_one_inside_a_nested_region_is_found_too():
+    @torch.compiler.nested_compile_region
+    def block(x):
+        return sine(x.relu()) * 2
+
+    def function(x):
+        y = block((x * 2).tanh()).relu()
+        return (block(y) + 1).tanh() * 3
+
+    compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 4)
+            torch.testing.assert_close(compiled(x), function(x))
+    assert sg.stats().graphs > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -172,6 +173,32 @@ def test_a_training_loop_that_logs_its_loss_keeps_activations_in_the_pool(device
     assert stats.fallbacks == {}
     assert stats.outputs_copied_out <= 12  # the losses, not what is saved for backward
     assert stats.captures <= 6
+
+
+def test_without_memory_for_copies_outputs_are_lent(device, monkeypatch):
+    """The call has changed its argument by then, and must not lose that."""
+
+    def change(x, c):
+        c.add_(1)
+        return x * 2
+
+    f = torch.compile(change, backend="sharedgraph", dynamic=True)
+    kept = []
+    with torch.no_grad():
+        for i in range(8):
+            if i == 5:
+                monkeypatch.setattr(sys.modules["cudagraph_backend.replay"], "own_memory", no_memory)
+            n = 12 if i == 6 else 5  # the first call of a bucket, too
+            x, c = torch.full((n, 4), float(i), device=device), torch.zeros(n, device=device)
+            kept.append((f(x, c), 2.0 * i))
+            assert (c == 1).all()
+    for out, expected in kept:
+        assert (out == expected).all()
+    assert sg.stats().fallbacks == {}
+
+
+def no_memory(*args):
+    raise torch.OutOfMemoryError("none")
 
 
 def test_kept_outputs_outlive_a_reset_where_they_are(device):

@@ -202,6 +202,42 @@ def test_a_check_of_a_size_that_depends_on_data_holds_for_its_bucket(device):
             torch.testing.assert_close(compiled(x, mask), function(x, mask), rtol=1e-4, atol=1e-5)
 
 
+def test_checks_of_one_program_are_not_those_of_another(device):
+    """What reads the size is the same graph in both, and only the operators before it say what is checked."""
+
+    def bounded_by(most):
+        def function(x, table):
+            y = x[x[:, 0] > 0]
+            n = y.shape[0]
+            torch._check(n <= most)
+            return (y.relu() * 2 + table[:n]).exp()
+
+        return function
+
+    table = torch.randn(32, 4, device=device)
+    with torch.no_grad():
+        for most, picked in ((10, (3, 9, 9)), (30, (17, 25, 25, 9))):
+            function = bounded_by(most)
+            compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
+            for n in picked:
+                x = torch.full((32, 4), -1.0, device=device)
+                x[:n] = 1.0
+                torch.testing.assert_close(compiled(x, table), function(x, table), rtol=1e-4, atol=1e-5)
+            torch._dynamo.reset()
+
+
+def test_rows_picked_by_data_are_written_back(device, weight):
+    def function(x, w):
+        mask = x[:, 0] > 0
+        picked = x[mask].relu() * 2
+        z = (x @ w).tanh()
+        z[mask] = picked
+        return z + 1, picked.exp()
+
+    check(function, lambda n: [torch.randn(n, 8, device=device), weight])
+    assert "c" in kinds()
+
+
 def test_dims_of_which_nothing_is_known(device):
     """Marked as unbacked, and found equal while compiling: torch 2.11 then reads a size that a part does not get."""
 

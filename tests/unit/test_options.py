@@ -18,7 +18,6 @@ from cudagraph_backend.options import (
     merged_options,
     mode_options,
     options_of,
-    parse_options,
 )
 
 ACCEPTED = [
@@ -94,6 +93,11 @@ REFUSED = [
     ("inductor", {"": 1}, "which has no ''"),
     ("inductor", {"triton": {}}, "which has no 'triton'"),
 ]
+
+
+def parse_options(given):
+    """Options as given, the rest as by default."""
+    return options_of(given, None, {}, None)
 
 
 def test_nothing_given_is_the_defaults():

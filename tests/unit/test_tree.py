@@ -300,11 +300,11 @@ def test_a_caller_who_always_holds_the_last_output_gets_a_second_place(pool: Out
 def test_a_caller_who_holds_a_few_outputs_gets_places_instead_of_copies(pool: OutputPool, step: list[int], held: int):
     call = Caller(pool, step)
     kept: list[torch.Tensor] = []
-    for step[0] in range(1, 200):
+    for step[0] in range(1, 400):
         kept = [*kept[-held + 1 :], call(torch.ones(1, 128)).fill_(step[0])]
         assert [float(tensor[0, 0]) for tensor in kept] == [*range(max(step[0] - held + 1, 1), step[0] + 1)]
     copies = call.copies
-    for step[0] in range(200, 250):
+    for step[0] in range(400, 450):
         kept = [*kept[-held + 1 :], call(torch.ones(1, 128))]
     assert call.copies == copies
     assert call.captures == held + 1
@@ -324,6 +324,22 @@ def test_places_that_stay_blocked_are_replaced(pool: OutputPool, step: list[int]
         call(torch.ones(1, 128))
     assert all((tensor == 7).all() for tensor in kept)
     assert call.captures <= 5
+
+
+@pytest.mark.parametrize("every", [10, 23, 50])
+def test_a_caller_who_keeps_an_output_now_and_then_costs_few_captures(pool: OutputPool, step: list[int], every: int):
+    call, kept = Caller(pool, step), []
+    buckets = (1, 2, 4, 8)
+    for step[0] in range(1, 4000):
+        rows = buckets[step[0] % 4]
+        out = call(torch.ones(rows, 128), rows=rows).fill_(step[0])
+        if step[0] % every == 0:
+            kept.append((out, step[0]))
+        if step[0] == 2000:
+            captures = call.captures
+    assert all((out == number).all() for out, number in kept)
+    assert captures <= 60
+    assert call.captures <= captures + 12
 
 
 def test_where_no_graph_may_be_added_a_blocked_one_is_replaced(pool: OutputPool, step: list[int]):
