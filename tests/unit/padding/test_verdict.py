@@ -233,6 +233,9 @@ def test_every_rule_names_an_operator_that_exists():
         found = getattr(getattr(torch.ops, namespace), packet, None)
         if found is None and (namespace, packet) in UNKNOWN_TO_SOME_VERSIONS:
             continue
+        if namespace == "higher_order":  # these have no overloads
+            assert found is not None, name
+            continue
         assert (overload or "default") in found.overloads(), name
 
 
