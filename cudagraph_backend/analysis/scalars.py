@@ -76,7 +76,8 @@ def moving(call: Callable[[list[Any]], Sequence[Any]], indices: frozenset[int], 
 
     def call_with_moved(args: list[Any]) -> Sequence[Any]:
         for index in indices:
-            args[index] = args[index].to(device)
+            # Of pinned memory such a copy is read later, when the caller may have changed the scalar.
+            args[index] = args[index].to(device, non_blocking=not args[index].is_pinned())
         return call(args)
 
     return call_with_moved

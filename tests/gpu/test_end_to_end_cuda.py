@@ -2,6 +2,7 @@
 
 from tests.end_to_end.test_effects import *  # noqa: F403
 from tests.end_to_end.test_fill import *  # noqa: F403
+from tests.end_to_end.test_handed_out import *  # noqa: F403
 from tests.end_to_end.test_inputs import *  # noqa: F403
 from tests.end_to_end.test_lifetimes import *  # noqa: F403
 from tests.end_to_end.test_models import *  # noqa: F403
@@ -14,4 +15,5 @@ from tests.end_to_end.test_unexpected import *  # noqa: F403
 from tests.end_to_end.test_users_rules import *  # noqa: F403
 from tests.end_to_end.test_values import *  # noqa: F403
 
+del test_results_of_a_compiled_numpy_function_are_kept  # noqa: F821  # these are on the CPU
 del test_a_bad_index_is_an_error_and_leaves_the_backend_usable  # noqa: F821  # ends the process's CUDA context

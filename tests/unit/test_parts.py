@@ -311,6 +311,18 @@ def test_a_constant_on_the_cpu_that_the_cpu_reads_too_is_made_once_more():
     ]
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_a_pinned_scalar_is_copied_before_the_caller_can_change_it(is_pinned: bool):
+    class Scalar:
+        def is_pinned(self) -> bool:
+            return is_pinned
+
+        def to(self, device: torch.device, non_blocking: bool) -> tuple[torch.device, bool]:
+            return device, non_blocking
+
+    assert moving(lambda args: args, frozenset([1]), CUDA)(["x", Scalar()]) == ["x", (CUDA, not is_pinned)]
+
+
 def test_a_number_in_a_tensor_of_the_graphs_own_is_made_on_the_gpu():
     """``x * torch.tensor(0.5)``; what Dynamo keeps of the user's tensor and nobody reads is on no device."""
     graph, mode = Graph(), FakeTensorMode()
