@@ -14,8 +14,9 @@ import torch
 from torch.fx import GraphModule
 
 from cudagraph_backend import torch_internals
-from cudagraph_backend.analysis import analyse, complete, unknown_region, unsafe_ops
+from cudagraph_backend.analysis import analyse, complete, shapes_of, unknown_region, unsafe_ops
 from cudagraph_backend.analysis.capturable import device_refusal, main_device
+from cudagraph_backend.analysis.inputs import size_inputs
 from cudagraph_backend.analysis.levels import CannotSplit
 from cudagraph_backend.analysis.parts import Part, Split, split
 from cudagraph_backend.analysis.scalars import move_scalars, moving
@@ -31,6 +32,7 @@ from cudagraph_backend.torch_internals import Compiled
 log = logging.getLogger("cudagraph_backend")
 
 UNEXPECTED = "an unexpected error, please report it"
+_SIZES_REMEMBERED = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,11 +201,12 @@ class _Cuts:
         self._failed: dict[str, str] = {}
         self._upper: dict[Any, int | None] = {}
         self._entry: _Entry | None = None
+        self._first: Compiled | None = None
         self.strides: Sequence[Any] | None = None
 
     def entry(self, call: Compiled) -> _Entry:
         """The region's call, which may be exchanged."""
-        self._entry = _Entry(call)
+        self._entry, self._first = _Entry(call), call
         return self._entry
 
     def keep_bounds(self, region: Region) -> Region:
@@ -233,16 +236,29 @@ class _Cuts:
                 torch_internals.retrace_strides(self._module, self._examples)
                 device, unsafe = main_device(self._module.graph), unsafe_ops(self._compile.options)
                 cut = split(self._module, self._examples, device, unsafe, self._failed)
-                call = None if cut is None else self._compile.compile_parts(cut, self)
+                call: Compiled | None = None if cut is None else self._compile.compile_parts(cut, self)
+            if call is not None and torch_internals.lost_guards(self._module.graph) > lost:
+                call = self._where_valid(call)
         except Exception as error:  # the region as it is compiled is still there
             # Without references to the call's frames, which hold its arguments.
             log.info("region %d is not captured around %s: %s", self._compile.number, name, repr(error))
             return
-        if torch_internals.lost_guards(self._module.graph) > lost:
-            text = "region %d is not captured around %s: in parts, it would hold for certain sizes only"
-            log.info(text, self._compile.number, name)
-        elif call is not None:
+        if call is not None:
             self._entry.call = call
+
+    def _where_valid(self, call: Compiled) -> Compiled:
+        """``call`` for the sizes that it was compiled for; other ones that Dynamo lets through get the first code."""
+        assert self._first is not None
+        sizes, first = size_inputs(self._examples), self._first
+        shapes = shapes_of(sizes, self._examples)
+        if not shapes.freeze_guards():
+            raise CannotSplit("in parts, it would hold for certain sizes only")
+        is_valid = functools.lru_cache(_SIZES_REMEMBERED)(shapes.admits)
+
+        def call_where_valid(args: list[Any]) -> Sequence[Any]:
+            return (call if is_valid(tuple([size.read(args) for size in sizes])) else first)(args)
+
+        return call_where_valid
 
 
 class _Entry:

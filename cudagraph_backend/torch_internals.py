@@ -255,14 +255,26 @@ def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torc
     """
     call = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
     name = f"empty_strided_{device_type}"
-    if not isinstance(call, types.MethodType) or name not in call.__func__.__globals__:
+    function = getattr(call, "__func__", None)
+    if not isinstance(function, types.FunctionType) or name not in function.__globals__:
         return None
-    function = call.__func__
-    own = {**function.__globals__, name: allocate}
-    for key, value in function.__globals__.items():  # functions for the graphs inside (``invoke_subgraph``)
-        if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
-            own[key] = types.FunctionType(value.__code__, own, value.__name__, value.__defaults__, value.__closure__)
-    return types.MethodType(types.FunctionType(function.__code__, own), call.__self__)
+    return types.MethodType(_rebound(function, {name: allocate}), call.__self__)
+
+
+def _rebound(function: types.FunctionType, changed: Mapping[str, Any]) -> types.FunctionType:
+    """A function of generated code with globals of its own, and with it all that it calls there (graphs inside it).
+
+    Globals that held the function itself would be freed by the garbage collector only, and the device's memory with
+    them. Generated functions do not call themselves.
+    """
+    shared = function.__globals__
+    called = {key: shared[key] for key in function.__code__.co_names if _is_of(shared.get(key), shared)}
+    own = {**shared, **changed, **{key: _rebound(value, changed) for key, value in called.items()}}
+    return types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
+
+
+def _is_of(value: Any, module: Mapping[str, Any]) -> bool:
+    return isinstance(value, types.FunctionType) and value.__globals__ is module
 
 
 # ------------------------------------------------------------------------------------------------ parts of a region

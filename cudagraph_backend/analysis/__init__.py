@@ -65,7 +65,7 @@ def analyse(
     sizes = size_inputs(example_inputs)
     inputs = tensor_inputs(graph, example_inputs, device, static, names, options.fill)
     objects = object_inputs(graph, example_inputs)
-    shapes = torch_internals.Shapes([_symint(example_inputs, s.index, s.dim) for s in sizes])
+    shapes = shapes_of(sizes, example_inputs)
     refusal = refusal or _refused_symbols(inputs, sizes)
     effect = lasting_effect(graph)
     dims, counts = dynamic_dims(module, sizes, inputs, shapes, options) if refusal is None else ((), ())
@@ -133,9 +133,10 @@ def unsafe_ops(options: Options) -> frozenset[str]:
     return frozenset((*options.uncapturable_ops, *torch_internals.ops_to_partition()))
 
 
-def _symint(example_inputs: Sequence[Any], index: int, dim: int | None) -> torch.SymInt:
-    value = example_inputs[index]
-    return value if dim is None else value.shape[dim]
+def shapes_of(sizes: Sequence[SizeInput], example_inputs: Sequence[Any]) -> torch_internals.Shapes:
+    """What is known of the sizes that are read from the arguments of a region."""
+    values = ((example_inputs[size.index], size.dim) for size in sizes)
+    return torch_internals.Shapes([value if dim is None else value.shape[dim] for value, dim in values])
 
 
 def _count_tensor(count: CountInput) -> TensorInput:

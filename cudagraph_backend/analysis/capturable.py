@@ -162,7 +162,8 @@ def device_refusal(device: torch.device) -> Refusal | None:
 
 
 def _refused_place(node: Node, device: torch.device) -> Refusal | None:
-    others = set[torch.device]().union(*map(_devices, (node, *node.all_input_nodes))) - {device}
+    read = [other for other in node.all_input_nodes if not _is_passed_by(other)]
+    others = set[torch.device]().union(*map(_devices, (node, *read))) - {device}
     names = " and ".join(sorted(map(str, {device, *others})))
     return _refuse(node, f"the region mixes devices: {names}") if others else None
 

@@ -36,9 +36,9 @@ def dynamic_dims(
     refused = [v.symbols for v in verdicts if v.refusal is not None]
     counts: list[CountInput] = []
     for dim in refused if options.pad in ("prove", "probe") else ():
-        if _refused_layouts(module.graph, dim, inputs) is None:
+        if _refused_layouts(module.graph, dim, sizes, inputs) is None:
             verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
-    return tuple(_dim(module.graph, verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
+    return tuple(_dim(module.graph, verdict, sizes, inputs, shapes, options) for verdict in verdicts), tuple(counts)
 
 
 def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
@@ -51,11 +51,18 @@ def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], 
     return [*verdicts[:first], verdict, *others]
 
 
-def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:
+def _dim(
+    graph: Graph,
+    verdict: Verdict,
+    sizes: Sequence[SizeInput],
+    inputs: Sequence[TensorInput],
+    shapes: Shapes,
+    options: Options,
+) -> DynamicDim:
     to_probe, unproven = None, verdict.refusal
     if options.pad == "probe" and unproven is not None:
         to_probe, unproven = unproven, probe_refusal(graph, unproven)
-    refusal = unproven or _refused_layouts(graph, verdict.symbols, inputs)
+    refusal = unproven or _refused_layouts(graph, verdict.symbols, sizes, inputs)
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
@@ -98,9 +105,19 @@ def _masked(
     return verdict
 
 
-def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+def _refused_layouts(
+    graph: Graph, symbols: Symbols, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput]
+) -> Refusal | None:
     layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols)))
-    return _refused_number(graph, symbols, inputs) or next(layouts, None)
+    return _refused_number(graph, symbols, inputs) or _refused_giver(symbols, sizes, inputs) or next(layouts, None)
+
+
+def _refused_giver(symbols: Symbols, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput]) -> Refusal | None:
+    """Generated code, too, reads a size from the first argument that has it: that must be one which is padded."""
+    staged = {tensor.index for tensor in inputs}
+    given = (s.size for s in sizes if s.dim is not None and s.index not in staged)
+    reason = "it is read from an argument that is not padded, as no operator reads its memory"
+    return Refusal(reason) if symbols.intersection(given) else None
 
 
 def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from cudagraph_backend.analysis.operators import measures
 from cudagraph_backend.analysis.source import first_use
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fills, InputName, fill_for
@@ -27,7 +28,7 @@ def tensor_inputs(
     """One record per tensor argument. A static input with a dynamic dim is staged: each size has its own address.
 
     One on the device ``meta`` has none. One on another ``device`` than the region's is none of its inputs if it is only
-    handed back. ``names`` are those of the inputs of the user's call, in Dynamo's order.
+    handed back or asked for its size. ``names`` are those of the inputs of the user's call, in Dynamo's order.
     """
     inputs = []
     for index, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
@@ -87,8 +88,8 @@ def _given(graph: Graph, example_inputs: Sequence[Any]) -> Iterator[tuple[Node, 
 
 
 def is_read(node: Node) -> bool:
-    """Whether an operator reads an input, which may also be handed back only."""
-    return any(user.op != "output" for user in node.users)
+    """Whether an operator reads an input, which may also be handed back, or asked for its size, and no more."""
+    return any(user.op != "output" and not measures(user) for user in node.users)
 
 
 def _refused(node: Node, value: Any) -> Refusal | None:

@@ -16,7 +16,15 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.analysis.capturable import tensors_of
-from cudagraph_backend.analysis.operators import communicates, has_token, read_by, targets_of, waits, writes_in_place
+from cudagraph_backend.analysis.operators import (
+    communicates,
+    has_token,
+    measures,
+    read_by,
+    targets_of,
+    waits,
+    writes_in_place,
+)
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.torch_internals import (
     SYMBOLIC,
@@ -29,7 +37,6 @@ from cudagraph_backend.torch_internals import (
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default, prims._make_token.default)
-_SIZES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default)
 # Of a view and a look-up that their schemas don't tell.
 _AS_GOOD_AS_VIEWS = ("aten::_unsafe_view", "prims::inductor_lookup_seed")
 
@@ -78,7 +85,7 @@ class Flow:
         if node.target is operator.getitem:
             return self.is_repeated(node.args[0])
         # A constant may be a number that an operator gives, and a size of a result is best read where that is made.
-        if node.target in _CONSTANTS or node.target in _SIZES:
+        if node.target in _CONSTANTS or measures(node):
             return not self.needs[node]
         if isinstance(node.meta.get("val"), (int, float, *SYMBOLIC)):
             return not any(True for read in node.all_input_nodes for _ in tensors_of(read))

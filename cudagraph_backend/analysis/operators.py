@@ -26,6 +26,12 @@ _COMMUNICATION = (
     "symm_mem::",
     "_dtensor::",
 )
+_SIZES = (
+    torch.ops.aten.sym_size.int,
+    torch.ops.aten.sym_stride.int,
+    torch.ops.aten.sym_numel.default,
+    torch.ops.aten.sym_storage_offset.default,
+)
 _PROCESS_GROUPS = ("group_name", "process_group")
 
 
@@ -63,6 +69,11 @@ def targets_in(graph: Graph) -> Iterator[Any]:
     """The operators that a graph runs, at all levels."""
     for node in graph.nodes:
         yield from targets_of(node)
+
+
+def measures(node: Node) -> bool:
+    """Whether a node reads the size or the strides of a tensor, and none of its memory."""
+    return node.target in _SIZES
 
 
 def writes_in_place(node: Node) -> bool:

@@ -91,6 +91,9 @@ def split(
     part_of = parts_of(flow, refused)
     count = 1 + max(part_of.values(), default=-1)
     refusals = [next((r for node, r in refused.items() if part_of[node] == i), None) for i in range(count)]
+    if not refused:  # but what is returned may be a constant on the CPU: a part at the end makes it
+        results = module.graph.output_node().all_input_nodes
+        refusals += [unfit[node] for node in results if node in unfit and flow.is_repeated(node)][:1]
     if all(refusals) or not any(refusals):
         return None
     return _Cutter(module, example_inputs, flow, part_of, refusals, unfit).split()

@@ -145,7 +145,28 @@ def test_what_it_takes_to_compile_again_is_dropped_with_the_first_capture():
     assert [r._cut_out for r in sharedgraph.regions()] == [None]
 
 
-@pytest.mark.parametrize("why", ["does not compile", "other strides", "a guard that nothing checks"])
+def test_parts_that_hold_for_certain_sizes_only_are_called_for_these(monkeypatch):
+    """Dynamo's guards are made by then. Inductor compares sizes with the range of 32-bit indices, for one."""
+    compile_region, compilations = torch_internals.compile_region, []
+
+    def compile_for_20_rows(gm, example_inputs, **kwargs):
+        compilations.append(gm)
+        if len(compilations) > 1:
+            assert all(n <= 20 for t in example_inputs if isinstance(t, torch.Tensor) for n in t.shape)
+        return compile_region(gm, example_inputs, **kwargs)
+
+    monkeypatch.setattr(torch_internals, "compile_region", compile_for_20_rows)
+    weight = torch.randn(8, 8)
+    compiled = torch.compile(once, backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for n, replays in ((5, 1), (7, 3), (30, 3), (3, 5), (31, 5), (20, 7)):
+            x = torch.randn(n, 8)
+            torch.testing.assert_close(compiled(x, weight), once(x, weight))
+            assert sg.stats().replays == replays, n
+    assert sg.stats().fallbacks["capture failed: operation not permitted when stream is capturing"] == 3
+
+
+@pytest.mark.parametrize("why", ["does not compile", "other strides", "guards that can't be told"])
 def test_where_that_is_not_possible_the_region_runs_uncaptured(why, monkeypatch):
     compile_region, compilations = torch_internals.compile_region, []
 
@@ -161,9 +182,10 @@ def test_where_that_is_not_possible_the_region_runs_uncaptured(why, monkeypatch)
         monkeypatch.setattr(
             torch_internals, "output_strides", lambda c: [("1", "8")] if len(compilations) > 3 else output_strides(c)
         )
-    if why == "a guard that nothing checks":
+    if why == "guards that can't be told":
         numbers = itertools.count()
         monkeypatch.setattr(torch_internals, "lost_guards", lambda graph: next(numbers))
+        monkeypatch.setattr(torch_internals.Shapes, "freeze_guards", lambda self: len(compilations) <= 3)
     weight = torch.randn(8, 8)
     compiled = torch.compile(once, backend="sharedgraph", dynamic=True)
     with torch.no_grad():

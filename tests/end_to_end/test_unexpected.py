@@ -53,10 +53,10 @@ def test_the_region_runs_as_inductor_compiles_it(where, is_training, device, mon
     unexpected.clear()
 
 
-def test_a_warning_of_it_fails_a_test(unexpected):
+def test_a_warning_of_it_fails_a_test(unexpected, device):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dims, "prove", lambda *args, **kwargs: 1 / 0)
-        torch.compile(lambda x: x + 1, backend="sharedgraph", dynamic=True)(torch.randn(4))
+        torch.compile(lambda x: x + 1, backend="sharedgraph", dynamic=True)(torch.randn(4, device=device))
     assert len(unexpected) == 1
     unexpected.clear()
 

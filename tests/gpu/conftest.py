@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,26 @@ def full_precision(monkeypatch):
 def all_graphs_are_kept(monkeypatch):
     """Tests count graphs of models that are too small to be worth one."""
     monkeypatch.setattr(CudaDriver, "seconds", lambda self, run: None)
+
+
+_LOCKS = Path(tempfile.gettempdir())
+
+
+@pytest.fixture(autouse=True)
+def others_on_the_device(request):
+    """Several processes run tests on one GPU; one marked ``alone``, which asks for its free memory, waits for the rest.
+
+    Who waits holds the turn, so that no new test begins before.
+    """
+    alone = request.node.get_closest_marker("alone") is not None
+    with (
+        open(_LOCKS / f"sharedgraph_turn_{os.getuid()}", "w") as turn,
+        open(_LOCKS / f"sharedgraph_device_{os.getuid()}", "w") as device,
+    ):
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(device, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture

@@ -163,6 +163,7 @@ def test_a_scalar_on_the_cpu_is_moved_to_the_graph(device):
     assert sg.stats().replays == 3
 
 
+@pytest.mark.alone
 def test_memory_of_executables_is_what_the_device_lost(device):
     weight = torch.randn(256, 256, device=device) / 16
 
@@ -192,6 +193,7 @@ def test_memory_of_executables_is_what_the_device_lost(device):
     assert after[1] > 0
 
 
+@pytest.mark.alone
 def test_memory_is_given_back(device):
     def reserved():
         gc.collect()

@@ -7,9 +7,11 @@ import sys
 
 SCRIPT = """
 import os
+import traceback
 import torch
 
 torch.set_grad_enabled(False)
+torch.set_num_threads(1)  # Dynamo guards it, and can compile nothing in the child; its threads are the parent's
 compiled = torch.compile(lambda x: x.sin() * 2, backend="sharedgraph", options={"capture": "always"})
 x, y = torch.randn(5, 4, device="cuda"), torch.randn(5, 4)
 kept = compiled(x)
@@ -19,7 +21,6 @@ pid = os.fork()
 if pid == 0:
     status = 1
     try:
-        torch.set_num_threads(1)
         for _ in range(2):
             try:
                 compiled(x)
@@ -29,6 +30,8 @@ if pid == 0:
                 raise AssertionError("the child has called a graph of the parent's")
             torch.testing.assert_close(compiled(y), y.sin() * 2)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

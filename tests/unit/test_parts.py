@@ -16,11 +16,13 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from cudagraph_backend.analysis import analyse
 from cudagraph_backend.analysis.capturable import devices_of
 from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
 from cudagraph_backend.analysis.parts import Part, Split, split
 from cudagraph_backend.analysis.scalars import move_scalars, moving
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.options import Options
 from cudagraph_backend.parts import Composition
 
 aten = torch.ops.aten
@@ -260,6 +262,40 @@ def mixed(build: Callable[[Graph, Callable[..., Node], dict[str, Node]], Any]) -
 
     graph.output(tuple(build(graph, add, given)))
     return GraphModule({}, graph)
+
+
+def test_a_tensor_on_the_cpu_of_which_only_the_size_is_read_does_not_keep_from_capture():
+    """So are the lengths of jagged tensors, which are on the CPU and hold nothing."""
+
+    def build(graph, add, given):
+        rows = given["rows"].meta["val"]
+        on_gpu = graph.placeholder("on_gpu")
+        on_gpu.meta["val"] = rows.new_empty(rows.shape, device=CUDA)
+        size = add(aten.sym_size.int, given["rows"], 0)
+        return add(aten.mul.Tensor, given["x"], size), add(aten.mul.Tensor, on_gpu, 2)
+
+    module = mixed(build)
+    examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    assert split(module, examples, CUDA) is None
+    region = analyse(module, examples, "inference", (), Options(), 0)
+    assert region.refusal is None
+    assert [tensor.name for tensor in region.inputs] == ["x", "on_gpu"]
+    (dim,) = region.dims
+    assert dim.refusal is not None
+    assert "the padded size reaches values" in dim.refusal.reason
+    (assumed,) = analyse(module, examples, "inference", (), Options(pad="assume"), 0).dims
+    assert assumed.refusal is not None
+    assert "read from an argument that is not padded" in assumed.refusal.reason
+
+
+def test_a_constant_on_the_cpu_is_returned_from_a_part_of_its_own():
+    def build(graph, add, given):
+        size = add(aten.sym_size.int, given["rows"], 0)
+        return add(aten.sin.default, given["x"]), add(aten.full.default, [size, 0], 0.0, device=CPU)
+
+    parts = split_of(mixed(build))
+    assert [operators(p) for p in parts] == [["sin"], ["sym_size", "full"]]
+    assert [p.refusal is None for p in parts] == [True, False]
 
 
 def test_scalars_that_only_the_gpu_reads_are_moved():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +157,31 @@ def test_an_allocator_serves_one_region_and_leaves_the_shared_module_alone(gener
     assert generated.__dict__ == before
     with pytest.raises(AssertionError, match="own allocator"):
         compiled.compiled_fn_runner.call([x])
+
+
+def test_graphs_inside_a_region_have_its_allocator_and_die_with_it(generated: types.ModuleType):
+    """A cycle would keep the allocator, and with it a driver and its memory, until the garbage collector runs."""
+    source = GENERATED.replace("def call(self, args):", "def call(self, args):\n        return inside(args)") + (
+        "def inside(args):\n    args.clear()\n    return [empty_strided_cpu((2,), (1,), float32)]\n"
+        "def unrelated():\n    return unrelated\n"
+    )
+    exec(source, generated.__dict__)
+
+    class Allocator:
+        def __call__(self, *layout: Any) -> torch.Tensor:
+            return torch.ones(layout[0])
+
+    allocator = Allocator()
+    call = with_allocator(compiled_by(generated), "cpu", allocator)
+    assert call is not None
+    assert torch.equal(call([torch.zeros(())])[0], torch.ones(2))
+    ref = weakref.ref(allocator)
+    gc.disable()
+    try:
+        del call, allocator
+        assert ref() is None
+    finally:
+        gc.enable()
 
 
 def test_two_regions_on_one_module_have_allocators_of_their_own(generated: types.ModuleType):

@@ -346,7 +346,7 @@ class _Walk:
     def _checked(self, node: Node, value: Found) -> Found:
         """``value``, after checking it against the shape of the node's result, so that no rule can be wrong there."""
         val = node.meta.get("val")
-        if isinstance(value, (list, RefusePadding)) or isinstance(val, (list, tuple)) or val is None:
+        if isinstance(value, (list, RefusePadding)) or isinstance(val, (list, tuple, dict)) or val is None:
             return value
         if not isinstance(val, torch.Tensor):
             if depends_on_size(self._number(val)) and not _is_symbolic_size(node):

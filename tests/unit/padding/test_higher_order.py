@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_a_nested_region_is_walked(name):
     verdict = found.prove()
     assert verdict.refusal is None
     assert refute(found, verdict) is None
+
+
+def test_a_users_triton_kernel_that_no_row_reaches_is_walked():
+    """It gives a dict of what it has written."""
+    found = region(lambda x, w: x @ w.sin(), rows(), weight())
+    graph = found.module.graph
+    (sine,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+    with graph.inserting_before(sine):
+        launch = {"kernel_idx": 0, "kwargs": {"out_ptr": sine.args[0]}, "tensors_to_clone": ["out_ptr"]}
+        called = graph.call_function(torch.ops.higher_order.triton_kernel_wrapper_functional, (), launch)
+        called.meta["val"] = {"out_ptr": sine.meta["val"]}
+        written = graph.call_function(operator.getitem, (called, "out_ptr"))
+        written.meta["val"] = sine.meta["val"]
+    sine.replace_all_uses_with(written)
+    graph.erase_node(sine)
+    assert found.prove().refusal is None
 
 
 def test_what_a_nested_region_mixes_is_refused_with_its_line():
