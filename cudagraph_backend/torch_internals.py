@@ -240,7 +240,7 @@ def unbound_sizes(compiled: Any) -> list[str]:
     Inductor counts on sizes of the frame that the graph was cut from (seen with torch 2.11, in the checks of sizes
     that depend on data).
     """
-    call = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
+    call: Any = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
     if not isinstance(call, types.MethodType):
         return []
     code, known = call.__func__.__code__, call.__func__.__globals__
@@ -253,7 +253,7 @@ def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torc
     The generated module may be shared by equal regions, so its globals are copied, never changed. Returns ``None`` if
     the compiled region is not generated Python code.
     """
-    call = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
+    call: Any = getattr(getattr(compiled, "compiled_fn_runner", None), "call", None)
     name = f"empty_strided_{device_type}"
     function = getattr(call, "__func__", None)
     if not isinstance(function, types.FunctionType) or name not in function.__globals__:
