@@ -31,9 +31,7 @@ import cudagraph_backend as sg
 from benchmarks import rows
 from benchmarks.runners import marked
 from benchmarks.timing import Call, enqueue_seconds, interleaved, spread
-from cudagraph_backend.outputs import make_outputs
-from cudagraph_backend.replay import Replayer
-from cudagraph_backend.torch_internals import current_step
+from cudagraph_backend.runtime.replayer import Replayer
 
 CALLS = 20  # per sample: few, so that the driver's queue does not fill up
 ROWS, LARGEST, WIDTH, KERNELS = 7, 8, 64, 10
@@ -108,16 +106,15 @@ def caught_call(call: Call) -> tuple[Replayer, list[Any]]:
 
 def steps(replayer: Replayer, args: list[Any]) -> dict[str, Call]:
     """The steps of ``Replayer.__call__`` with these arguments, in their order."""
-    table = replayer.table
-    assert table is not None
-    device, tree, sizes = table.device, table.tree, replayer.region.sizes
-    plan = table.plan(tuple([size.read(args) for size in sizes]))
+    state = replayer.state
+    assert state is not None
+    device, planner, places, sizes = state.device, state.planner, state.places, replayer.region.sizes
+    plan = planner.plan(tuple([size.read(args) for size in sizes]))
     assert not isinstance(plan, sg.Refusal)
-    assert plan.layout is not None
-    layout, where = plan.layout, tree.where(plan, args)
-    route = tree.route(plan, where, args)
-    assert route is not None
-    graph = route.place.graphs[plan.bucket.sizes]
+    route = places.route(plan, args)
+    assert not isinstance(route, sg.Refusal)
+    graph = route.graph
+    assert graph is not None
 
     def lock() -> None:
         with device:
@@ -127,12 +124,11 @@ def steps(replayer: Replayer, args: list[Any]) -> dict[str, Call]:
         "is a capture under way": device.driver.is_capturing,
         "lock": lock,
         "streams": device.driver.join,
-        "sizes, plan": lambda: table.plan(tuple([size.read(args) for size in sizes])),
-        "where arguments are": lambda: tree.where(plan, args),
-        "route, liveness": lambda: tree.route(plan, where, args),
+        "sizes, plan": lambda: planner.plan(tuple([size.read(args) for size in sizes])),
+        "route: where arguments are, liveness": lambda: places.route(plan, args),
         "staging apart": lambda: route.stage(args),
         "staging, graph launch": lambda: graph.replay(route.stage, args),
-        "outputs": lambda: make_outputs(layout, device.pool, route.place.outputs, args, current_step(), {}),
+        "outputs": lambda: state.views(plan, route, args, {}),
         "counters": lambda: replayer.counters.count(plan, route, 0),
         "all of them: Replayer.__call__": lambda: replayer(list(args)),
     }

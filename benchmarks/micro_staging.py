@@ -18,10 +18,10 @@ import torch
 import triton
 
 from benchmarks.timing import Call, enqueue_seconds, interleaved, spread
-from cudagraph_backend.kernels.jobs import MAX_SOURCES
-from cudagraph_backend.kernels.stage import cached_launch, normal_launch
-from cudagraph_backend.kernels.staging import KernelStaging, Launches
-from cudagraph_backend.staging import StagedCopy, stage, staged_copy
+from cudagraph_backend.drivers.staging_kernel.jobs import MAX_SOURCES
+from cudagraph_backend.drivers.staging_kernel.kernel import cached_launch, normal_launch
+from cudagraph_backend.drivers.staging_kernel.launches import KernelStaging, Launches
+from cudagraph_backend.memory.copies import StagedCopy, stage, staged_copy
 
 CALLS = 20  # per sample: few, so that the driver's queue does not fill up
 KINDS = [(torch.bfloat16, (4096,)), (torch.int64, ()), (torch.int64, ()), (torch.bool, ())]

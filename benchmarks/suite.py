@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import plots, rows, topics
 from benchmarks.rows import Environment, Row
-from cudagraph_backend.demo.report import align
+from cudagraph_backend.demo.page import align
 
 ROOT = Path(__file__).resolve().parents[1]
 

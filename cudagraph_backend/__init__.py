@@ -31,8 +31,8 @@ from cudagraph_backend.errors import (
     SharedGraphError,
     WarmupError,
 )
+from cudagraph_backend.memory.output_pool import OutputPool
 from cudagraph_backend.options import Options
-from cudagraph_backend.output_pool import OutputPool
 from cudagraph_backend.padding import padding_rule
 from cudagraph_backend.report import AliasInfo, Stats, alias_info_of, explanation_of, stats_of
 from cudagraph_backend.warmup import WarmedSize, warmup
@@ -102,16 +102,9 @@ def reset() -> None:
 
 def output_pool(device: torch.device | str | int) -> OutputPool:
     """The output pool of a device: ``.tensor`` (uint8) and ``.nbytes``. Made, empty, if there is none yet."""
-    return sharedgraph.device(_concrete(torch.device(device))).pool
+    return sharedgraph.device(torch.empty(0, device=device).device).pool  # its index, where none is given
 
 
 def alias_info(tensor: torch.Tensor) -> AliasInfo | None:
     """Where in the output pool ``tensor`` lies, and which output it is or is a view of; ``None`` if not in the pool."""
     return alias_info_of(sharedgraph, tensor)
-
-
-def _concrete(device: torch.device) -> torch.device:
-    """With the index of the current device where none is given, as tensors name their device."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

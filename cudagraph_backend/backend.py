@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from cudagraph_backend import torch_internals
-from cudagraph_backend.compiling import RegionCompile
-from cudagraph_backend.devices import Device, Devices
+from cudagraph_backend.compile.region_compile import RegionCompile
+from cudagraph_backend.drivers.platforms import forks
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
 from cudagraph_backend.options import ENVIRONMENT, Options, checked_options, merged_options, options_of
-from cudagraph_backend.region import Kind, Region
-from cudagraph_backend.replay import CutOut, Replayer
+from cudagraph_backend.region import CutOut, Kind, Region
+from cudagraph_backend.runtime.composition import Composition
+from cudagraph_backend.runtime.devices import Device, Devices
+from cudagraph_backend.runtime.replayer import Rehearsal, Replayer
 from cudagraph_backend.torch_internals import Compiled
 
 _GRAPHS_OFF = Refusal("CUDA graphs are off for this function (override_cudagraphs)")
@@ -43,6 +45,7 @@ class Backend:
         self._configured: dict[str, Any] = {}
         self._watches_forks = False
         self._inherited: list[Any] = []
+        self.rehearsing = Rehearsal()
 
     def __call__(
         self,
@@ -86,11 +89,11 @@ class Backend:
     def rehearsal(self) -> Iterator[list[Replayer]]:
         """What is called meanwhile is compiled, and runs, but captures and counts nothing; gives the regions called."""
         called: list[Replayer] = []
-        Replayer.rehearsed = called
+        self.rehearsing.called = called
         try:
             yield called
         finally:
-            Replayer.rehearsed = None
+            self.rehearsing.called = None
 
     def next_number(self) -> int:
         return next(self._numbers)
@@ -134,10 +137,10 @@ class Backend:
         within a call, and finishes it on what it has. Outputs keep their memory, of which the child has a private copy.
         """
         replayers, self._replayers = list(self._replayers), weakref.WeakSet()
-        # The child can't free what is CUDA's.
-        self._inherited += [r.table for r in replayers if r.table is not None and r.region.device.type == "cuda"]
+        # What the child must not free.
+        self._inherited += [r.state for r in replayers if r.state is not None and not forks(r.region.device)]
         self._devices = Devices()
-        Replayer.rehearsed = None
+        self.rehearsing.called = None
         for replayer in replayers:
             replayer.reset()
 
@@ -165,11 +168,13 @@ class _FrameCompile:
             options=self.options,
             inductor=kwargs,
             replayer=self._replayer,
+            composition=Composition,
             refusal=_GRAPHS_OFF if kind in self.without_graphs else None,
         ).compile(gm, example_inputs)
 
     def _replayer(self, region: Region, compiled: Compiled, cut_out: CutOut | None = None) -> Replayer:
-        return Replayer(region, compiled, self.options, self.backend.register, self.backend.device, cut_out)
+        backend = self.backend
+        return Replayer(region, compiled, self.options, backend.register, backend.device, backend.rehearsing, cut_out)
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

@@ -6,21 +6,27 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
-
-import torch
+from typing import Any, Literal, TypeAlias, get_args
 
 from cudagraph_backend import torch_internals
+from cudagraph_backend.drivers.platforms import DRIVERS, unavailable
 from cudagraph_backend.errors import OptionError
 from cudagraph_backend.fill import WORDS, Fill, Fills
 
 Pad = Literal["prove", "probe", "assume", "off"]
 OnOverwrite = Literal["preserve", "error"]
-DriverName = Literal["auto", "cuda", "host", "off"]
+DriverName: TypeAlias = str
+"""``"auto"``, ``"off"`` or the name of a platform."""
 Verify = Literal["off", "capture"]
 Capture = Literal["auto", "always"]
 
-_CHOICES = {"pad": Pad, "on_overwrite": OnOverwrite, "driver": DriverName, "verify": Verify, "capture": Capture}
+_CHOICES = {
+    "pad": get_args(Pad),
+    "on_overwrite": get_args(OnOverwrite),
+    "driver": ("auto", *DRIVERS, "off"),
+    "verify": get_args(Verify),
+    "capture": get_args(Capture),
+}
 _MAX_SIZE = 2**31 - 1
 _OPERATOR = re.compile(r"\w+::\w+(\.\w+)?")
 
@@ -151,11 +157,11 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _checked_choice(name: str, value: Any) -> str:
-    accepted = get_args(_CHOICES[name])
+    accepted = _CHOICES[name]
     if not isinstance(value, str) or value not in accepted:
         raise _error(name, value, "one of " + ", ".join(map(repr, accepted)))
-    if name == "driver" and value == "cuda" and not torch.cuda.is_available():
-        raise _error(name, value, "'cuda' only where torch.cuda.is_available(); use 'auto' or 'host' here")
+    if name == "driver" and value in DRIVERS and (lacking := unavailable(value)) is not None:
+        raise _error(name, value, f"{value!r} only where {lacking}; use 'auto' or 'host' here")
     return value
 
 

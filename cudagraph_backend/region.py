@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +16,8 @@ from cudagraph_backend.torch_internals import Shapes, is_backed
 Kind = Literal["inference", "forward", "backward"]
 Role = Literal["static", "staged"]
 Values = Mapping[sympy.Symbol, int]
+CutOut: TypeAlias = "Callable[[str, str], None]"
+"""Told the name of an operator whose capture failed, and why, lets later calls be captured around it."""
 
 
 def evaluate(expression: sympy.Expr, values: Values) -> int:
@@ -185,3 +187,19 @@ class Region:
     def values(self, sizes: Sequence[int]) -> dict[sympy.Symbol, int]:
         """Symbol values for the sizes of a call (in the order of ``self.sizes``)."""
         return {s.size: n for s, n in zip(self.sizes, sizes, strict=True) if isinstance(s.size, sympy.Symbol)}
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How the values of a region go between its parts, in the order in which these run.
+
+    Values are numbered: the region's arguments, then ``sizes``, which are read from them, then ``constants`` (numbers
+    and ``None`` among the outputs), then what the parts make. ``reads`` and ``makes`` have, per part, the numbers of
+    what it takes and returns; ``results`` are those of the region's outputs.
+    """
+
+    sizes: tuple[SizeInput, ...]
+    constants: tuple[Any, ...]
+    reads: tuple[tuple[int, ...], ...]
+    makes: tuple[tuple[int, ...], ...]
+    results: tuple[int, ...]

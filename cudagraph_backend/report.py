@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from cudagraph_backend.backend import Backend
-from cudagraph_backend.devices import Device
 from cudagraph_backend.fill import key_of
-from cudagraph_backend.plan import Bucket, Sizes
+from cudagraph_backend.memory.spans import merged
+from cudagraph_backend.memory.strides import extent
 from cudagraph_backend.region import DynamicDim
-from cudagraph_backend.replay import Replayer
-from cudagraph_backend.spans import merged
-from cudagraph_backend.strides import extent
+from cudagraph_backend.runtime.devices import Device
+from cudagraph_backend.runtime.places import Place
+from cudagraph_backend.runtime.plan import Bucket, Sizes
+from cudagraph_backend.runtime.replayer import Replayer
 from cudagraph_backend.torch_internals import is_registered_operator
-from cudagraph_backend.tree import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,11 @@ def _explain(replayer: Replayer) -> list[str]:
     lines += [f"  from {span}" for span in region.source_lines]
     if region.refusal is not None:
         lines.append(f"  not captured: {region.refusal}")
-    table = replayer.table
-    probed = table.probed if table is not None else {}
-    dims = table.dims if table is not None else region.dims
+    planner = replayer.state.planner if replayer.state is not None else None
+    probed = planner.probed if planner is not None else {}
+    dims = planner.dims if planner is not None else region.dims
     lines += [f"  dim {_explain_dim(dim, sorted(probed.get(dim.name, ())))}" for dim in dims]
-    postponed = Counter(reason for reasons in table.postponed.values() for reason in reasons) if table else {}
+    postponed = Counter(reason for reasons in planner.postponed.values() for reason in reasons) if planner else {}
     lines += [f"  the probe could not tell at {count} calls: {reason}" for reason, count in postponed.items()]
     if captured := sorted({sizes for place in _places(replayer) for sizes in place.graphs}):
         lines.append(f"  buckets: {_bucket_sizes(replayer, captured)}")
@@ -189,11 +189,11 @@ def _bucket_sizes(replayer: Replayer, captured: Sequence[Sizes]) -> str:
 
 
 def _buckets(replayer: Replayer) -> Collection[Bucket]:
-    return replayer.table.buckets.values() if replayer.table is not None else ()
+    return replayer.state.planner.buckets.values() if replayer.state is not None else ()
 
 
 def _places(replayer: Replayer) -> Collection[Place]:
-    return replayer.table.tree.places if replayer.table is not None else ()
+    return replayer.state.places.listed if replayer.state is not None else ()
 
 
 def _graph_count(replayer: Replayer) -> int:

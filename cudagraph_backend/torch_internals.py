@@ -265,7 +265,7 @@ def _rebound(function: types.FunctionType, changed: Mapping[str, Any]) -> types.
     """A function of generated code with globals of its own, and with it all that it calls there (graphs inside it).
 
     Globals that held the function itself would be freed by the garbage collector only, and the device's memory with
-    them. Generated functions do not call themselves.
+    them. Generated functions do not call themselves, and call graphs from their own bodies only.
     """
     shared = function.__globals__
     called = {key: shared[key] for key in function.__code__.co_names if _is_of(shared.get(key), shared)}
@@ -405,8 +405,10 @@ class Shapes:
         What the code checks while running, of sizes that depend on data, must hold for them, too.
         """
         values = {expr(s): sympy.Integer(n) for s, n in zip(self._symints, sizes, strict=True)}
-        if any(each.xreplace(values) != sympy.true for each in self._asserts):
-            return False
+        return all(each.xreplace(values) == sympy.true for each in self._asserts) and self.are_guarded(sizes)
+
+    def are_guarded(self, sizes: Sequence[int]) -> bool:
+        """Whether these values pass the guards that compiling the region took for granted."""
         if self._guards is None:
             return True
         return bool(self._env.evaluate_guards_expression(self._guards, list(sizes)))  # type: ignore[union-attr]
@@ -417,13 +419,14 @@ class Shapes:
         return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
 
 
-def lost_guards(graph: torch.fx.Graph) -> int:
-    """How often what was compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
+def has_lost_guards(graph: torch.fx.Graph) -> bool:
+    """Whether something compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
 
-    Of backwards, which are always compiled after that, PyTorch takes the risk.
+    A guard is lost once: what is compiled later may rely on it, and loses none. Of backwards, which are always compiled
+    after Dynamo's guards, PyTorch takes the risk.
     """
     shape_env = getattr(fake_mode_of(graph), "shape_env", None)
-    return 0 if shape_env is None else shape_env.counter["ignored_backward_guard"]
+    return shape_env is not None and shape_env.counter["ignored_backward_guard"] > 0
 
 
 def _by_name(symints: Sequence[torch.SymInt]) -> dict[str, torch.SymInt]:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend import buckets, torch_internals
+from cudagraph_backend import torch_internals
 from cudagraph_backend.backend import sharedgraph
+from cudagraph_backend.drivers.platforms import current_devices, generators_of, synchronize
 from cudagraph_backend.errors import WarmupError
 from cudagraph_backend.example import Axis, ExampleCall, Size
-from cudagraph_backend.replay import Replayer
 from cudagraph_backend.report import stats_of
+from cudagraph_backend.runtime import buckets
+from cudagraph_backend.runtime.replayer import Replayer
 
 log = logging.getLogger("cudagraph_backend")
 
@@ -199,18 +201,16 @@ def _not_ours(fn: Any) -> WarmupError:
 
 def _wait_for_devices() -> None:
     for device in sharedgraph.devices():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
 
 @contextlib.contextmanager
 def _random_states_kept(call: ExampleCall) -> Iterator[None]:
     tensors = torch_internals.tensors_in((call.args, call.kwargs))
-    devices = {tensor.get_device() for tensor in tensors if tensor.is_cuda}
-    if torch.cuda.is_initialized():
-        devices.add(torch.cuda.current_device())
+    devices = {tensor.device for tensor in tensors} | current_devices()
+    generators = {index for device in devices for index in generators_of(device)}
     state = random.getstate()
-    with torch.random.fork_rng(sorted(devices)):
+    with torch.random.fork_rng(sorted(generators)):
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ import torch
 from torch._inductor.cudagraph_trees import MarkStepBox
 
 from cudagraph_backend import sharedgraph
-from cudagraph_backend.compiling import UNEXPECTED
+from cudagraph_backend.compile.region_compile import UNEXPECTED
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def nothing_left_behind():
         return  # a reset and a collection after each of a thousand unit tests would cost minutes
     gc.collect()
     held = [weakref.ref(part) for d in sharedgraph.devices().values() for part in (d, d.driver, d.pool)]
-    held += [weakref.ref(place) for r in sharedgraph.regions() if r.table for place in r.table.tree.places]
+    held += [weakref.ref(place) for r in sharedgraph.regions() if r.state for place in r.state.places.listed]
     torch._dynamo.reset()
     gc.collect()
     assert not sharedgraph.regions()

@@ -6,7 +6,7 @@ The way of the data::
     models.py    the modules that are served
     workload.py  the seeded stream of requests for a model
     ways.py      eager, inductor, reduce-overhead, sharedgraph: run the stream, time it, check it
-    report.py    the results as a table and as JSON
+    page.py      the results as a table and as JSON
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cudagraph_backend.demo import DemoError, report, ways, workload
+from cudagraph_backend.demo import DemoError, page, ways, workload
 
 DESCRIPTION = """\
 Serves one seeded stream of requests, whose batch size changes between 1 and 64 (small ones are more common), in every
@@ -84,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report.as_text(result))
+    print(page.as_text(result))
     if args.explain and result.sharedgraph:
         print(f"\n{result.sharedgraph.explanation}")
     if args.json:
-        args.json.write_text(json.dumps(report.as_data(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(page.as_data(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return 0 if result.within_tolerance else 1
 
 
@@ -120,15 +120,15 @@ def pick_ways(names: Sequence[str], device: torch.device) -> tuple[ways.Way, ...
     return chosen
 
 
-def serve(model: str, requests: int, seed: int, device: torch.device, chosen: Sequence[ways.Way]) -> report.DemoResult:
+def serve(model: str, requests: int, seed: int, device: torch.device, chosen: Sequence[ways.Way]) -> page.DemoResult:
     """Run the workload in each way."""
     load = workload.build(model, requests, seed, device)
     with progress_bar(ways.calls_in_all(chosen, requests)) as progress:
         eager, references = ways.run_eager(load, progress)
         results = tuple(eager if way == ways.EAGER else ways.run_way(way, load, references, progress) for way in chosen)
-    return report.DemoResult(
+    return page.DemoResult(
         device=device.type,
-        device_name=report.device_name(device),
+        device_name=page.device_name(device),
         model=model,
         unit=load.unit,
         requests=requests,

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from cudagraph_backend.staging import StagedCopy, Staging
-
-
-class Memory(Protocol):
-    """Growing memory behind an output pool. Addresses never move; every tensor handed out keeps it alive."""
-
-    device: torch.device
-    address: int
-    """Of the first byte."""
-    nbytes: int
-    """Bytes that are really there."""
-
-    def grow(self, nbytes: int) -> None:
-        """Provide at least ``nbytes``. Raises ``torch.OutOfMemoryError`` if they can't be had."""
-
-    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
-        """A uint8 tensor with a storage of its own over ``nbytes`` bytes from ``offset``."""
+from cudagraph_backend.memory.copies import StagedCopy, Staging
+from cudagraph_backend.memory.growing import Memory
 
 
 class Graph(Protocol):

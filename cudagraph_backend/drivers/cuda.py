@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from cudagraph_backend.drivers.staging_kernel.launches import DeviceTable, KernelStaging, Launches
+from cudagraph_backend.drivers.staging_kernel.node import StagingNode
 from cudagraph_backend.errors import CaptureError, is_out_of_memory
-from cudagraph_backend.kernels.node import StagingNode
-from cudagraph_backend.kernels.staging import DeviceTable, KernelStaging, Launches
-from cudagraph_backend.staging import StagedCopy, Staging
+from cudagraph_backend.memory.copies import StagedCopy, Staging
 from cudagraph_backend.torch_internals import (
     clear_cublas_workspaces,
     current_stream,

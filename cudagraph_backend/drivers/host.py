@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cudagraph_backend.staging import StagedCopy, Staging, prepare
+from cudagraph_backend.memory.copies import StagedCopy, Staging, prepare
 
 _RESERVED = 1 << 36  # 64 GiB of addresses; a page takes memory when it is first written
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on; the value is Linux's

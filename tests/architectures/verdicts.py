@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cudagraph_backend.analysis import analyse, complete
-from cudagraph_backend.analysis.padding import Verdict
+from cudagraph_backend.compile.analysis import analyse, complete
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
+from cudagraph_backend.padding.prove import Verdict
 from cudagraph_backend.region import DynamicDim
 from tests.architectures.catalogue import Architecture, build
 from tests.unit.padding.oracle import Region, dynamic, recorded, refute

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import cudagraph_backend as sg
-from cudagraph_backend import tree
+from cudagraph_backend.runtime import region_state
+from cudagraph_backend.runtime.limits import LIMITS
+from cudagraph_backend.runtime.places import Places
 
 
 def run(function, *args, **options):
@@ -90,7 +94,7 @@ def test_tensor_subclasses(device):
 
 
 def test_without_memory_to_capture_graphs_are_replayed_and_others_captured_later(device, monkeypatch):
-    monkeypatch.setattr(tree, "_IDLE_CALLS", 6)
+    monkeypatch.setattr(region_state, "Places", partial(Places, limits=replace(LIMITS, idle_calls=6)))
     driver = type(sg.sharedgraph.device(device).driver)
     capture, is_short = driver.capture, []
 

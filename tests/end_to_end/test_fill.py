@@ -18,8 +18,8 @@ def staged(path):
     """The buffer of an input at the bucket of the last call, by the input's path."""
     replayer = sg.sharedgraph.regions()[-1]
     (tensor,) = (i for i in replayer.region.inputs if i.given is not None and i.given.path == path)
-    (place,) = replayer.table.tree.places
-    route = next(r for routes in replayer.table.tree._routes.values() for r in routes if r.place is place)
+    (place,) = replayer.state.places.listed
+    route = next(r for routes in replayer.state.places._routes.values() for r in routes if r.place is place)
     return route.inputs[tensor.index]
 
 

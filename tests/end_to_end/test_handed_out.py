@@ -184,7 +184,7 @@ def test_without_memory_for_copies_outputs_are_lent(device, monkeypatch):
     with torch.no_grad():
         for i in range(8):
             if i == 5:
-                monkeypatch.setattr(sys.modules["cudagraph_backend.replay"], "own_memory", no_memory)
+                monkeypatch.setattr(sys.modules["cudagraph_backend.runtime.region_state"], "own_memory", no_memory)
             n = 12 if i == 6 else 5  # the first call of a bucket, too
             x, c = torch.full((n, 4), float(i), device=device), torch.zeros(n, device=device)
             kept.append((f(x, c), 2.0 * i))

@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 import cudagraph_backend as sg
-from cudagraph_backend.analysis.padding.call import RULES
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding, padding_rule
+from cudagraph_backend.padding.call import RULES
 from tests.end_to_end.test_parts import BUCKETS, SIZES, check, kinds, two
 
 metadata = {"scale": 1.0}  # what an engine describes a batch with, outside of any tensor

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from cudagraph_backend import compiling
+from cudagraph_backend.compile import region_compile
 
 OFF = "CUDA graphs are off for this function (override_cudagraphs)"
 
@@ -123,13 +123,13 @@ def test_nothing_of_it_is_captured_in_parts(device):
 def test_asking_for_graphs_does_not_bring_stocks(way, device, monkeypatch):
     import torch._inductor.config as settings
 
-    asked, compile_region = [], compiling.torch_internals.compile_region
+    asked, compile_region = [], region_compile.torch_internals.compile_region
 
     def recorded(*args, **kwargs):
         asked.append((settings.triton.cudagraphs, bool(kwargs["cudagraphs"])))
         return compile_region(*args, **kwargs)
 
-    monkeypatch.setattr(compiling.torch_internals, "compile_region", recorded)
+    monkeypatch.setattr(region_compile.torch_internals, "compile_region", recorded)
 
     def function(x, w):
         return (x @ w).tanh()

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
-from cudagraph_backend.allocations import Allocations
-from cudagraph_backend.analysis.padding.call import RULES, RegisteredRule
-from cudagraph_backend.analysis.padding.lattice import Fact
+from cudagraph_backend.padding.call import RULES, RegisteredRule
+from cudagraph_backend.padding.lattice import Fact
+from cudagraph_backend.runtime.allocations import Allocations
 
 SIZES = (5, 11, 3, 24, 5, 17, 11, 2, 1, 40)
 RUNS: Counter[str] = Counter()
@@ -146,7 +146,7 @@ def test_every_size_is_probed(device):
     assert sg.stats().rows_padded == 4
     assert "probe with 5 of 8 rows: output 0 changes" in sg.explain()
     (region,) = sg.sharedgraph.regions()
-    assert sorted(bucket[0] for bucket in region.table.buckets) == [4, 5, 6, 8]
+    assert sorted(bucket[0] for bucket in region.state.planner.buckets) == [4, 5, 6, 8]
     assert sg.stats().captures == 1 + 4  # no graph from before is used, not even for eight real rows
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
-from cudagraph_backend.allocations import Allocations
+from cudagraph_backend.runtime.allocations import Allocations
 
 
 def compiled(function, **options):
@@ -145,7 +145,7 @@ def test_sizes_beyond_max_graphs_hold_nothing(device):
             x = torch.randn(n, 4, device=device)
             torch.testing.assert_close(f(x), x.mean(0), rtol=1e-4, atol=1e-5)
     (region,) = sg.sharedgraph.regions()
-    assert len(region.table.buckets) == 2
+    assert len(region.state.planner.buckets) == 2
     assert sum(sg.stats().fallbacks.values()) == 33
 
 
@@ -201,7 +201,7 @@ def test_another_layout_in_one_bucket_is_refused(device):
     x = torch.randn(3, 4, device=device)
     with torch.no_grad():
         f(x)
-        (bucket,) = sg.sharedgraph.regions()[0].table.buckets.values()
+        (bucket,) = sg.sharedgraph.regions()[0].state.planner.buckets.values()
         bucket.layout = dataclasses.replace(bucket.layout, entries=())
         linear.weight.data = torch.randn(4, 4, device=device)
         torch.testing.assert_close(f(x), linear(x))

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from cudagraph_backend import analysis, compiling
-from cudagraph_backend.analysis import dims
+from cudagraph_backend.compile import analysis, dims, region_compile
 
 SIZES = (5, 7, 30, 5)
 
@@ -72,7 +71,7 @@ def test_an_error_of_inductors_is_the_users_to_see(device, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compiling.torch_internals, "compile_region", fail)
+    monkeypatch.setattr(region_compile.torch_internals, "compile_region", fail)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler"):
         torch.compile(lambda x: x + 1, backend="sharedgraph")(torch.randn(4, device=device))
     assert sg.stats().regions == 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from cudagraph_backend.analysis.padding.call import RULES
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding
+from cudagraph_backend.padding.call import RULES
 
 SIZES = (5, 11, 3, 30, 9, 2)
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.generation.configuration_utils import CompileConfig
 
 import cudagraph_backend as sg
-from cudagraph_backend import compiling
+from cudagraph_backend.compile import region_compile
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +48,14 @@ def inductor_settings(monkeypatch):
     """Inductor's settings at each compilation of a region: a list that grows."""
     import torch._inductor.config as settings
 
-    found, compile_region = [], compiling.torch_internals.compile_region
+    found, compile_region = [], region_compile.torch_internals.compile_region
 
     def recorded(*args, **kwargs):
         names = ("max_autotune", "coordinate_descent_tuning", "triton.cudagraphs", "epilogue_fusion")
         found.append({name: settings.get_config_copy()[name] for name in names} | {"boxed": bool(kwargs["cudagraphs"])})
         return compile_region(*args, **kwargs)
 
-    monkeypatch.setattr(compiling.torch_internals, "compile_region", recorded)
+    monkeypatch.setattr(region_compile.torch_internals, "compile_region", recorded)
     return found
 
 

@@ -36,13 +36,13 @@ def all_graphs_are_kept(monkeypatch):
 _LOCKS = Path(tempfile.gettempdir())
 
 
-@pytest.fixture(autouse=True)
-def others_on_the_device(request):
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
     """Several processes run tests on one GPU; one marked ``alone``, which asks for its free memory, waits for the rest.
 
-    Who waits holds the turn, so that no new test begins before.
+    Who waits holds the turn, so that no new test begins before. Around all fixtures, which free what a test used.
     """
-    alone = request.node.get_closest_marker("alone") is not None
+    alone = item.get_closest_marker("alone") is not None
     with (
         open(_LOCKS / f"sharedgraph_turn_{os.getuid()}", "w") as turn,
         open(_LOCKS / f"sharedgraph_device_{os.getuid()}", "w") as device,
@@ -50,7 +50,10 @@ def others_on_the_device(request):
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(device, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)
-        yield
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(device, fcntl.LOCK_UN)  # also for what the test has forked
 
 
 @pytest.fixture

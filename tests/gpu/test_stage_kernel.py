@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks import micro_staging
-from cudagraph_backend.kernels.jobs import MAX_DIMS
-from cudagraph_backend.kernels.stage import cached_launch, normal_launch
-from cudagraph_backend.kernels.staging import KernelStaging, Launches
-from cudagraph_backend.staging import StagedCopy, stage, staged_copy
+from cudagraph_backend.drivers.staging_kernel.jobs import MAX_DIMS
+from cudagraph_backend.drivers.staging_kernel.kernel import cached_launch, normal_launch
+from cudagraph_backend.drivers.staging_kernel.launches import KernelStaging, Launches
+from cudagraph_backend.memory.copies import StagedCopy, stage, staged_copy
 from tests.unit.test_stage_kernel import DTYPES, Input, ways
 
 LAUNCHERS = {"cached": cached_launch, "normal": normal_launch}

@@ -10,13 +10,13 @@ import torch
 
 import cudagraph_backend as sg
 from cudagraph_backend.backend import sharedgraph
-from cudagraph_backend.kernels.node import StagingNode
+from cudagraph_backend.drivers.staging_kernel.node import StagingNode
 
 
 def nodes() -> list[StagingNode | None]:
     """Those of all graphs."""
-    tables = [replayer.table for replayer in sharedgraph.regions()]
-    places = [place for table in tables if table is not None for place in table.tree.places]
+    states = [replayer.state for replayer in sharedgraph.regions()]
+    places = [place for state in states if state is not None for place in state.places.listed]
     return [graph.node for place in places for graph in place.graphs.values()]
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from cudagraph_backend.analysis.padding import Verdict
-from cudagraph_backend.analysis.padding.symbolic import ROWS, Sizes
+from cudagraph_backend.padding.prove import Verdict
+from cudagraph_backend.padding.symbolic import ROWS, Sizes
 from tests.opinfo.cases import NO_SAMPLE, Dims, Sample, trace
 from tests.unit.padding.oracle import Fill, Region, equal_runs, outputs_of, refutation
 

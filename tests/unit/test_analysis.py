@@ -21,9 +21,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cudagraph_backend.analysis import analyse, complete
-from cudagraph_backend.analysis.outputs import with_strides
-from cudagraph_backend.analysis.source import source_line
+from cudagraph_backend.compile.analysis import analyse, complete
+from cudagraph_backend.compile.outputs import with_strides
+from cudagraph_backend.graph.source import source_line
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import ArgumentOutput, Region, TensorInput, TensorOutput
 

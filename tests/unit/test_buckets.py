@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from cudagraph_backend import buckets
+from cudagraph_backend.runtime import buckets
 
 # Written out from the rule: 1, 2, 4, 8, then by 8 up to 256, by 16 up to 512, by 32 up to 1024, ...
 LADDER = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cudagraph_backend.comparison import is_close, is_equal
+from cudagraph_backend.runtime.comparison import is_close, is_equal
 
 NAN, INF = float("nan"), float("inf")
 HALF = (torch.float16, torch.bfloat16)

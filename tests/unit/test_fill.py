@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cudagraph_backend.analysis import analyse
-from cudagraph_backend.analysis.padding import prove
+from cudagraph_backend.compile.analysis import analyse
 from cudagraph_backend.errors import OptionError
 from cudagraph_backend.fill import InputName, fill_for, key_of
 from cudagraph_backend.options import Options
+from cudagraph_backend.padding.prove import prove
 from tests.unit.padding.oracle import dynamic, refute, region
 from tests.unit.padding.test_random_programs import seen, trace
 from tests.unit.test_analysis import captured

@@ -10,10 +10,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from cudagraph_backend.analysis import operators, probing
-from cudagraph_backend.analysis.capturable import capture_refusal, devices_of, op_refusal
-from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
-from cudagraph_backend.analysis.parts import split
+from cudagraph_backend.compile import probing
+from cudagraph_backend.compile.capturable import capture_refusal, devices_of, op_refusal
+from cudagraph_backend.compile.cut import split
+from cudagraph_backend.compile.levels import CannotSplit, Flow, parts_of
+from cudagraph_backend.graph import operators
 from cudagraph_backend.torch_internals import subgraphs_of
 
 aten, prims, hops = torch.ops.aten, torch.ops.prims, torch.ops.higher_order

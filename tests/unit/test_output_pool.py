@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cudagraph_backend.drivers.host import HostMemory
-from cudagraph_backend.output_pool import ALIGNMENT, Loan, OutputPool, OutputRange
+from cudagraph_backend.memory.output_pool import ALIGNMENT, OutputPool
+from cudagraph_backend.memory.output_range import Loan, OutputRange
 from cudagraph_backend.torch_internals import CAN_FORBID_ACCESS
 
 LOAN = Loan("region 0 (inference)", ((0, 0, 64),), ("model.py:3 in f: return x * 2",))

@@ -12,8 +12,10 @@ import torch
 
 from cudagraph_backend.drivers.host import HostMemory
 from cudagraph_backend.errors import Refusal
-from cudagraph_backend.output_pool import OutputPool, OutputRange
-from cudagraph_backend.outputs import (
+from cudagraph_backend.memory.output_pool import OutputPool
+from cudagraph_backend.memory.output_range import OutputRange
+from cudagraph_backend.region import Region, TensorInput, TensorOutput
+from cudagraph_backend.runtime.layout import (
     Layout,
     Number,
     Pooled,
@@ -26,7 +28,6 @@ from cudagraph_backend.outputs import (
     range_nbytes_at,
     stride_refusal,
 )
-from cudagraph_backend.region import Region, TensorInput, TensorOutput
 from cudagraph_backend.torch_internals import Shapes, expr
 
 N = sympy.Symbol("s0", integer=True, positive=True)

@@ -16,14 +16,15 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cudagraph_backend.analysis import analyse
-from cudagraph_backend.analysis.capturable import devices_of
-from cudagraph_backend.analysis.levels import CannotSplit, Flow, parts_of
-from cudagraph_backend.analysis.parts import Part, Split, split
-from cudagraph_backend.analysis.scalars import move_scalars, moving
+from cudagraph_backend.compile.analysis import analyse
+from cudagraph_backend.compile.capturable import devices_of
+from cudagraph_backend.compile.cut import Part, Split, split
+from cudagraph_backend.compile.levels import CannotSplit, Flow, parts_of
+from cudagraph_backend.compile.scalars import move_scalars, moving
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
-from cudagraph_backend.parts import Composition
+from cudagraph_backend.region import Wiring
+from cudagraph_backend.runtime.composition import Composition
 
 aten = torch.ops.aten
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -57,7 +58,7 @@ def cut(model: Callable[..., Any], *args: Any, dynamic: bool = True) -> tuple[Sp
         made = seen[-1][0]
         if made is None:
             return gm.forward
-        composition = Composition(made, [lambda args, part=part: part.module(*args) for part in made.parts])
+        composition = Composition(made.wiring, [lambda args, part=part: part.module(*args) for part in made.parts])
         return lambda *args: composition(list(args))
 
     torch._dynamo.reset()
@@ -147,14 +148,14 @@ def test_parts_are_given_the_sizes_in_their_graphs():
 def test_a_size_that_no_number_gives_is_read_from_an_argument():
     split_, gm = cut(lambda x: two(wave(two(x))), torch.randn(6, 4))
     tensor = gm.graph.find_nodes(op="placeholder")[-1]
-    assert split_.sizes == ()
+    assert split_.wiring.sizes == ()
     for number in gm.graph.find_nodes(op="placeholder")[:-1]:
         number.replace_all_uses_with(tensor, propagate_meta=False)
         gm.graph.erase_node(number)
     made = split(gm, [tensor.meta["val"]], CPU)
     assert made is not None
-    assert [(s.index, s.dim) for s in made.sizes] == [(0, 0), (0, 1)]
-    composition = Composition(made, [lambda args, part=part: part.module(*args) for part in made.parts])
+    assert [(s.index, s.dim) for s in made.wiring.sizes] == [(0, 0), (0, 1)]
+    composition = Composition(made.wiring, [lambda args, part=part: part.module(*args) for part in made.parts])
     x = torch.randn(9, 3)
     torch.testing.assert_close(composition([x]), [two(two(x).sin())])
 
@@ -228,8 +229,8 @@ def test_values_live_until_their_last_reader_is_called():
 
     # Arguments 0 to 3, of which nobody reads 3; 4 is a constant.
     steps = [part([0, 1], [5, 6]), part([5, 0], [7]), part([7, 2], [8])]
-    made = Split(tuple(steps), (), (None,), (8, 6, 1, 4, 8))
-    composition = Composition(made, [call(*p.makes) for p in steps])
+    reads, makes = tuple(p.reads for p in steps), tuple(p.makes for p in steps)
+    composition = Composition(Wiring((), (None,), reads, makes, (8, 6, 1, 4, 8)), [call(*p.makes) for p in steps])
     args = [Value() for _ in range(4)]
     refs.update(enumerate(map(weakref.ref, args)))
     results = composition(args)
@@ -285,16 +286,17 @@ def test_a_tensor_on_the_cpu_of_which_only_the_size_is_read_does_not_keep_from_c
     assert "the padded size reaches values" in dim.refusal.reason
     (assumed,) = analyse(module, examples, "inference", (), Options(pad="assume"), 0).dims
     assert assumed.refusal is not None
-    assert "read from an argument that is not padded" in assumed.refusal.reason
+    assert "argument rows has the same size" in assumed.refusal.reason
 
 
 def test_a_constant_on_the_cpu_is_returned_from_a_part_of_its_own():
     def build(graph, add, given):
         size = add(aten.sym_size.int, given["rows"], 0)
-        return add(aten.sin.default, given["x"]), add(aten.full.default, [size, 0], 0.0, device=CPU)
+        constants = (add(aten.full.default, [size, 0], 0.0, device=d) for d in (CPU, CUDA))
+        return add(aten.sin.default, given["x"]), *constants
 
     parts = split_of(mixed(build))
-    assert [operators(p) for p in parts] == [["sin"], ["sym_size", "full"]]
+    assert [operators(p) for p in parts] == [["sym_size", "sin", "full"], ["sym_size", "full"]]
     assert [p.refusal is None for p in parts] == [True, False]
 
 
@@ -473,7 +475,7 @@ def test_an_object_that_no_graph_can_read_is_read_in_a_part_of_its_own():
     assert reads_it.refusal.reason == "input group is a str, neither a tensor nor a size"
     assert (inputs(first), inputs(reads_it)) == (["x"], ["group", "sin_default_4"])
     assert reads_it.examples[0] == "text"
-    assert made.results[1:] == (1, 2)
+    assert made.wiring.results[1:] == (1, 2)
 
 
 def test_an_operator_cut_out_gets_the_objects_that_it_reads():

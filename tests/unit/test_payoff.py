@@ -8,7 +8,7 @@ from torch import nn
 
 import cudagraph_backend as sg
 from cudagraph_backend.drivers.host import HostDriver
-from cudagraph_backend.payoff import SLOWER, Payoff
+from cudagraph_backend.runtime.payoff import SLOWER, Payoff
 
 
 class Clock:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cudagraph_backend.spans import Span, meets, merged
+from cudagraph_backend.memory.spans import Span, meets, merged
 
 span = st.tuples(st.integers(-8, 20), st.integers(0, 6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from cudagraph_backend.kernels import jobs as jobs_module
-from cudagraph_backend.kernels.jobs import (
+from cudagraph_backend.drivers.staging_kernel import jobs as jobs_module
+from cudagraph_backend.drivers.staging_kernel.jobs import (
     ADDRESS,
     BLOCK,
     CONSTANT,
@@ -26,9 +26,9 @@ from cudagraph_backend.kernels.jobs import (
     jobs,
     table,
 )
-from cudagraph_backend.kernels.staging import DeviceTable, KernelStaging
-from cudagraph_backend.staging import StagedCopy, stage, staged_copy
-from cudagraph_backend.strides import extent
+from cudagraph_backend.drivers.staging_kernel.launches import DeviceTable, KernelStaging
+from cudagraph_backend.memory.copies import StagedCopy, stage, staged_copy
+from cudagraph_backend.memory.strides import extent
 
 triton = pytest.importorskip("triton")
 micro_staging = pytest.importorskip("benchmarks.micro_staging")  # which imports Triton, too
@@ -54,7 +54,7 @@ def interpreted() -> ModuleType:
     """The kernel's module once more, interpreted; the one that others import stays as it is."""
     if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("Triton's interpreter before 3.7 makes numbers of arrays as NumPy 2.4 does not allow")
-    from cudagraph_backend.kernels import stage as original
+    from cudagraph_backend.drivers.staging_kernel import kernel as original
 
     spec = importlib.util.spec_from_file_location("interpreted_stage", original.__file__)
     assert spec is not None
@@ -365,7 +365,7 @@ def test_jobs_of_rows_in_sequence_are_merged():
 def test_the_kernel_compiles_for_gpus(capability: int, dims: int):
     from triton.backends.compiler import GPUTarget
 
-    from cudagraph_backend.kernels.stage import SOURCES, stage_kernel
+    from cudagraph_backend.drivers.staging_kernel.kernel import SOURCES, stage_kernel
 
     signature = dict.fromkeys(("table", *SOURCES), "i64") | dict.fromkeys(("DIMS", "BLOCK"), "constexpr")
     source = triton.compiler.ASTSource(stage_kernel, signature, {"DIMS": dims, "BLOCK": BLOCK})

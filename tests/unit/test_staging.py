@@ -13,10 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cudagraph_backend.drivers.host import HostMemory
-from cudagraph_backend.output_pool import Loan, OutputPool
+from cudagraph_backend.memory.copies import stage, staged_copy, write_back
+from cudagraph_backend.memory.output_pool import OutputPool
+from cudagraph_backend.memory.output_range import Loan
+from cudagraph_backend.memory.strides import Shape, extent
 from cudagraph_backend.region import TensorInput
-from cudagraph_backend.staging import Reading, shape_at, stage, staged_copy, write_back
-from cudagraph_backend.strides import Shape, extent
+from cudagraph_backend.runtime.readings import Reading, shape_at
 
 SENTINEL = -7.0
 FILLS = ["replica", "zero", math.nan]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cudagraph_backend.strides import Shape, extent, overlaps_itself, reaching_once
+from cudagraph_backend.memory.strides import Shape, extent, overlaps_itself, reaching_once
 
 shapes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12)), max_size=4).map(
     lambda dims: (tuple(n for n, _ in dims), tuple(s for _, s in dims))

@@ -10,8 +10,9 @@ from torch import nn
 from torch._dynamo import mark_dynamic
 
 import cudagraph_backend as sg
-from cudagraph_backend import buckets, torch_internals
+from cudagraph_backend import torch_internals
 from cudagraph_backend.example import Axis, ExampleCall, with_lengths
+from cudagraph_backend.runtime import buckets
 from cudagraph_backend.warmup import _axis_sizes, _checked
 
 

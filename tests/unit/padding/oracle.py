@@ -21,7 +21,8 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cudagraph_backend.analysis.padding import Verdict, masks, prove
+from cudagraph_backend.padding import masks
+from cudagraph_backend.padding.prove import Verdict, prove
 
 Fill = Literal["replica", "zero", "poison", "extreme"]
 BUCKETS = (6, 13, 20, 60, 840)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cudagraph_backend.analysis.padding import Verdict, prove
+from cudagraph_backend.padding.prove import Verdict, prove
 
 CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from cudagraph_backend.analysis.padding.call import RULES
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding, padding_rule
+from cudagraph_backend.padding.call import RULES
 from tests.unit.padding.oracle import Region, dynamic, refute, region, regions
 
 SEQUENCE = 128

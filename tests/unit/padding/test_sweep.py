@@ -10,9 +10,9 @@ import time
 import pytest
 from torch.testing._internal.common_methods_invocations import op_db
 
-from cudagraph_backend.analysis.padding.call import RULES, RegisteredRule
-from cudagraph_backend.analysis.padding.lattice import FREE, Fact
-from cudagraph_backend.analysis.padding.symbolic import row_dims
+from cudagraph_backend.padding.call import RULES, RegisteredRule
+from cudagraph_backend.padding.lattice import FREE, Fact
+from cudagraph_backend.padding.symbolic import row_dims
 from tests.opinfo.judge import FILLS, Outcome
 from tests.opinfo.report import markdown, summary
 from tests.opinfo.sweep import Limits, judge_operator, sweep

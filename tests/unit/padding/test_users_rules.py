@@ -10,9 +10,9 @@ import torch
 from torch.fx import Graph
 
 import cudagraph_backend as sg
-from cudagraph_backend.analysis.padding import prove
-from cudagraph_backend.analysis.padding.call import RULES
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, PaddingRuleError, RefusePadding, meet, padding_rule
+from cudagraph_backend.padding.call import RULES
+from cudagraph_backend.padding.prove import prove
 from tests.unit.padding.oracle import Region, dynamic, refute, region
 
 DEFINED = {

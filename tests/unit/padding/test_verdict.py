@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph
 
-from cudagraph_backend.analysis.padding import Call, Fact, call, prove, rule
+from cudagraph_backend.padding import Call, Fact, call
+from cudagraph_backend.padding.call import rule
+from cudagraph_backend.padding.prove import prove
 from tests.unit.padding.oracle import Region, dynamic, refutation, refute, region, regions
 
 CONSTANT = torch.arange(12.0).reshape(3, 4)

@@ -1,0 +1,165 @@
+"""Dynamic dims of a region: which symbols there are, which are padded together, and the padding verdict of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule
+
+from cudagraph_backend.compile.probing import probe_refusal
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.graph.source import first_use
+from cudagraph_backend.options import Options
+from cudagraph_backend.padding import masks
+from cudagraph_backend.padding.prove import Verdict, prove
+from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
+from cudagraph_backend.torch_internals import SYMBOLIC, Shapes, expr, symbols_of
+
+Symbols: TypeAlias = "frozenset[sympy.Symbol]"
+
+
+def dynamic_dims(
+    module: GraphModule, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
+) -> tuple[tuple[DynamicDim, ...], tuple[CountInput, ...]]:
+    """One record per dim that varies independently, in the order in which its first symbol is read.
+
+    First without touching the graph; dims refused that way are tried again with masks. The masks of one dim are in the
+    graph when the next dim is judged, so that the proofs hold one after the other. A dim with masks gives the graph one
+    more input, the number of its real rows.
+    """
+    symbols = [frozenset([s.size]) for s in sizes if isinstance(s.size, sympy.Symbol)]
+    verdicts: list[Verdict] = []
+    for dim in symbols:
+        verdicts = _with(verdicts, dim, lambda dim: _verdict(module.graph, dim, inputs, options, masked=False))
+    refused = [v.symbols for v in verdicts if v.refusal is not None]
+    counts: list[CountInput] = []
+    for dim in refused if options.pad in ("prove", "probe") else ():
+        if _refused_layouts(module.graph, dim, inputs) is None:
+            verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
+    return tuple(_dim(module.graph, verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
+
+
+def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
+    """``verdicts`` and one on ``symbols``; on a linked dim it takes the place of its parts."""
+    if any(symbols < verdict.symbols for verdict in verdicts):
+        return verdicts
+    verdict = judge(symbols)
+    first = next((i for i, other in enumerate(verdicts) if other.symbols & verdict.symbols), len(verdicts))
+    others = [other for other in verdicts[first:] if not other.symbols & verdict.symbols]
+    return [*verdicts[:first], verdict, *others]
+
+
+def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:
+    to_probe, unproven = None, verdict.refusal
+    if options.pad == "probe" and unproven is not None:
+        to_probe, unproven = unproven, probe_refusal(graph, unproven)
+    refusal = unproven or _refused_layouts(graph, verdict.symbols, inputs)
+    upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
+    return DynamicDim(
+        symbols=verdict.symbols,
+        upper=min(upper) if upper else None,
+        refusal=refusal,
+        needs_fill=verdict.needs_fill,
+        masks=len(verdict.masks),
+        to_probe=to_probe if refusal is None else None,
+    )
+
+
+def _verdict(
+    graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, *, masked: bool
+) -> Verdict:
+    """The verdict on ``symbols``, or on them together with the dims they index by row, where that is provable."""
+    if options.pad == "off":
+        return Verdict(symbols, Refusal("padding is off (option pad='off')"), False)
+    if options.pad == "assume":
+        return Verdict(symbols, None, True)
+    fill = {tensor.name: tensor.fill for tensor in inputs}
+    alone = verdict = prove(graph, symbols, fill, masked=masked)
+    while verdict.refusal is not None and verdict.link - verdict.symbols:
+        verdict = prove(graph, verdict.symbols | verdict.link, fill, masked=masked)
+    # A refusal that linking does not cure is the deeper one, and the same for all the dims that would be linked.
+    return verdict if verdict.refusal is None else replace(alone, refusal=verdict.refusal)
+
+
+def _masked(
+    module: GraphModule, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, counts: list[CountInput]
+) -> Verdict:
+    """The verdict on ``symbols`` with masks; if it is safe they are put into the graph."""
+    verdict = _verdict(module.graph, symbols, inputs, options, masked=True)
+    if verdict.masks:
+        if unknown := masks.lacking(module.graph, verdict.masks):
+            return Verdict(symbols, Refusal(f"no input has the size {next(iter(unknown))}, which a mask needs"), False)
+        name = "rows_" + "_".join(sorted(map(str, verdict.symbols)))
+        masks.insert(module, verdict.masks, name)
+        index = len(module.graph.find_nodes(op="placeholder")) - 1
+        counts.append(CountInput(index, name, verdict.symbols))
+    return verdict
+
+
+def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+    layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols)))
+    return _refused_number(graph, symbols, inputs) or _refused_unstaged(graph, symbols, inputs) or next(layouts, None)
+
+
+def _refused_unstaged(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+    """A tensor that no operator reads is not padded, but generated code may check its size, or read a size from it."""
+    staged = {tensor.name for tensor in inputs}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and str(node.target) not in staged and symbols_of(value) & symbols:
+            return Refusal(f"argument {node.target} has the same size, and is only handed back or asked for it")
+    return None
+
+
+def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad.
+
+    One that is linked to a dim has that dim's rows.
+    """
+    in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
+    if symbols & in_sizes:
+        return None
+    strided = next((_located(graph, i, r) for i in inputs if (r := _refused_stride(i, symbols))), None)
+    return strided or Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
+
+
+def _read_at(graph: Graph, symbols: Symbols) -> str | None:
+    numbers = (n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), SYMBOLIC))
+    return next((first_use(number) for number in numbers if expr(number.meta["val"]) in symbols), None)
+
+
+def _refused_stride(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
+    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
+    if (tensor.symbols - in_sizes) & symbols:
+        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
+    return None
+
+
+def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
+    """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
+    if (refusal := _refused_stride(tensor, symbols)) is not None:
+        return refusal
+    if tensor.role == "static" and tensor.symbols & symbols:
+        return Refusal(f"input {tensor.name} is on the device meta, and has no rows to add to")
+    for size, stride in zip(tensor.size, tensor.stride, strict=True):
+        if size.free_symbols & symbols and not _is_multiple(size, symbols):
+            return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
+        if size.free_symbols & symbols and stride == 0 and tensor.fill != "replica":
+            reason = f"is expanded along the dynamic dim, so its padded rows can't be {tensor.fill}"
+            return Refusal(f"input {tensor.name} {reason}")
+    return None
+
+
+def _located(graph: Graph, tensor: TensorInput, refusal: Refusal) -> Refusal:
+    """``refusal`` of an input, with the source line that reads it: the graph's names of inputs are not the user's."""
+    placeholder = next(node for node in graph.find_nodes(op="placeholder") if str(node.target) == tensor.name)
+    return replace(refusal, source=first_use(placeholder))
+
+
+def _is_multiple(size: sympy.Expr, symbols: Symbols) -> bool:
+    present = size.free_symbols & symbols
+    return len(present) == 1 and (size / next(iter(present))).is_Integer

@@ -1,0 +1,49 @@
+"""Outputs of a region: their sizes and strides as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from cudagraph_backend.graph.source import source_line
+from cudagraph_backend.region import ArgumentOutput, Output, TensorOutput
+from cudagraph_backend.torch_internals import Shapes, expr, is_jagged_size
+
+
+def graph_outputs(graph: Graph, inputs: Collection[int]) -> tuple[Output, ...]:
+    """One record per output, strides not yet known: Inductor chooses them.
+
+    ``inputs`` are the indices of the arguments that the region has a record of; others are only handed back.
+    """
+    arguments = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
+    return tuple(_output(value, arguments, inputs) for value in graph.output_node().args[0])
+
+
+def _output(value: Node | int | None, arguments: Mapping[Node, int], inputs: Collection[int]) -> Output:
+    if not isinstance(value, Node):
+        return None if value is None else sympy.Integer(value)
+    meta = value.meta.get("val")
+    if isinstance(meta, torch.Tensor):
+        if value in arguments and arguments[value] not in inputs:
+            return ArgumentOutput(arguments[value])
+        return TensorOutput(meta.dtype, tuple(map(expr, meta.shape)), None, source_line(value), arguments.get(value))
+    is_size = isinstance(meta, (int, torch.SymInt)) and not (isinstance(meta, bool) or is_jagged_size(meta))
+    if value in arguments and not is_size:
+        return ArgumentOutput(arguments[value])
+    return None if meta is None else expr(meta)
+
+
+def with_strides(
+    outputs: Sequence[Output], strides: Sequence[tuple[str, ...] | None] | None, shapes: Shapes
+) -> tuple[Output, ...]:
+    """The same outputs with the strides that Inductor laid them out with."""
+    if strides is None or len(strides) != len(outputs):
+        return tuple(outputs)
+    return tuple(
+        replace(o, stride=tuple(map(shapes.parse, stride))) if isinstance(o, TensorOutput) and stride is not None else o
+        for o, stride in zip(outputs, strides, strict=True)
+    )

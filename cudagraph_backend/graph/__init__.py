@@ -1,0 +1,1 @@
+"""What a node of an FX graph runs, and which line of the user's made it."""

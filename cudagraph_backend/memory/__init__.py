@@ -1,0 +1,1 @@
+"""The output pool, what is alive in it, and how arguments get there."""

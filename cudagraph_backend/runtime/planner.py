@@ -1,0 +1,212 @@
+"""Planning: sizes of a call -> plan -> bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cudagraph_backend.errors import Refusal
+from cudagraph_backend.fill import Fill
+from cudagraph_backend.memory.strides import extent, overlaps_itself
+from cudagraph_backend.options import Options
+from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
+from cudagraph_backend.runtime import buckets
+from cudagraph_backend.runtime.limits import TOO_MANY_GRAPHS
+from cudagraph_backend.runtime.plan import Bucket, Plan, Sizes
+from cudagraph_backend.runtime.readings import Reading, shape_at
+
+_PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
+_PROVIDED_AT_ONCE = 1 << 28  # bytes of one input; beyond 256 MiB a bound is no reason to take memory in advance
+
+
+class Planner:
+    """The plans and buckets of one region.
+
+    ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed,
+    and ``postponed`` why the probe couldn't tell at a call, once per such call. ``has_room`` tells whether one more
+    graph may be held, ``poisons`` whether padded rows hold NaN where they must not be read.
+    """
+
+    def __init__(self, region: Region, options: Options, has_room: Callable[[], bool], poisons: Callable[[], bool]):
+        self.region = region
+        self.dims = region.dims
+        self.probed: dict[str, set[int]] = {}
+        self.postponed: dict[Sizes, list[str]] = {}
+        self.buckets: dict[Sizes, Bucket] = {}
+        self._plans: dict[Sizes, Plan | Refusal] = {}
+        self._options = options
+        self._has_room = has_room
+        self._poisons = poisons
+
+    def plan(self, sizes: Sizes) -> Plan | Refusal:
+        """Return the plan for a call's sizes, or why such calls run the compiled region."""
+        plan = self._plans.get(sizes)
+        if plan is None:
+            plan = self.plan_without((), sizes)
+            if plan is not TOO_MANY_GRAPHS:  # not remembered, as others may make room
+                self._plans[sizes] = plan
+        return plan
+
+    def refuse(self, sizes: Sizes, refusal: Refusal) -> None:
+        """Let calls of these sizes run the compiled region from now on."""
+        self._plans[sizes] = refusal
+
+    def refuse_bucket(self, bucket: Bucket, refusal: Refusal) -> None:
+        """Let calls of all sizes that the bucket serves run the compiled region from now on."""
+        bucket.refusal = refusal
+        for sizes, plan in self._plans.items():
+            if isinstance(plan, Plan) and plan.bucket is bucket:
+                self._plans[sizes] = refusal
+
+    def pass_probe(self, plan: Plan) -> None:
+        """Let the plan answer calls from now on."""
+        values = self.region.values(plan.bucket.sizes)
+        for dim in plan.to_probe:
+            self.probed.setdefault(dim.name, set()).add(values[next(iter(dim.symbols))])
+        plan.to_probe = ()
+
+    def postpone_probe(self, plan: Plan, reason: str) -> Plan | Refusal:
+        """Return the plan to answer a call with that the probe can't tell about: dims without a proof aren't padded.
+
+        Its sizes keep that plan if this goes on.
+        """
+        unproven = [dim for dim in plan.to_probe if dim.to_probe is not None]
+        instead = self.plan_without(unproven, plan.sizes)
+        if isinstance(instead, Plan):
+            instead.to_probe = ()
+        reasons = self.postponed.setdefault(plan.sizes, [])
+        reasons.append(reason)
+        if len(reasons) == _PROBES_PER_SIZE:
+            self._plans[plan.sizes] = instead
+        return instead
+
+    def refuse_dims(self, dims: Collection[DynamicDim], refusal: Refusal) -> None:
+        """Let ``dims`` not be padded from now on; nothing that was planned with them is used again."""
+        self.dims = tuple(replace(dim, refusal=refusal) if dim in dims else dim for dim in self.dims)
+        self._plans.clear()
+        self.postponed.clear()
+        self.buckets.clear()
+
+    def largest(self, values: Values) -> Values:
+        """Return the sizes to provide memory for: those of the largest bucket, as far as it is known."""
+        largest = dict(values)
+        for dim in self._padded_dims():
+            size = buckets.largest(self._options.capture_sizes, dim.upper, max(values[s] for s in dim.symbols))
+            largest.update(dict.fromkeys(dim.symbols, size))
+        return largest
+
+    def _padded_dims(self) -> list[DynamicDim]:
+        return [dim for dim in self.dims if dim.refusal is None]
+
+    def plan_without(self, dims: Collection[DynamicDim], sizes: Sizes) -> Plan | Refusal:
+        """Return a new plan for a call's sizes, with ``dims`` at their exact sizes."""
+        chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in dims])
+        if isinstance(chosen, Refusal):
+            return chosen
+        values = self.region.values(sizes)
+        if any(t.mutated and overlaps_itself(*shape_at(t, values)) for t in self.region.staged):
+            return Refusal("an input that is written in place overlaps itself in memory")
+        if chosen not in self.buckets and not self._has_room():
+            return TOO_MANY_GRAPHS
+        bucket = self.buckets.setdefault(chosen, Bucket(chosen))
+        if bucket.refusal is not None:
+            return bucket.refusal
+        return self._plan(sizes, bucket)
+
+    def plan_without_graph(self, sizes: Sizes) -> Plan | None:
+        """Return a plan to run the bucket of a call's sizes as compiled code; ``None`` where nothing is padded."""
+        chosen = self._bucket_sizes(sizes, self._padded_dims())
+        return None if isinstance(chosen, Refusal) or chosen == sizes else self._plan(sizes, Bucket(chosen))
+
+    def _plan(self, sizes: Sizes, bucket: Bucket) -> Plan:
+        values, padded = self.region.values(sizes), self.region.values(bucket.sizes)
+        rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
+        return Plan(
+            sizes,
+            bucket,
+            readings=tuple(self._reading(tensor, values, padded) for tensor in self.region.staged),
+            rows_real=sum(values[s] for s in rows),
+            rows_padded=sum(padded[s] - values[s] for s in rows),
+            counts=tuple(count.make(values, self.region.device) for count in self.region.counts),
+            to_probe=tuple(self._dims_to_probe(values, padded)),
+        )
+
+    def _dims_to_probe(self, values: Values, padded: Values) -> list[DynamicDim]:
+        if self.region.effect is not None:
+            return []
+        verifies = self._options.verify == "capture"
+        dims = [d for d in self._padded_dims() if verifies or d.to_probe is not None]
+        return [d for d in dims if any(values[s] != padded[s] for s in d.symbols)]
+
+    def _bucket_sizes(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
+        """The capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
+        values = dict(self.region.values(sizes))
+        for dim in dims:
+            found = {values[s] for s in dim.symbols}
+            # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
+            if len(found) > 1 or self._overlaps(dim, values):
+                continue
+            n = found.pop()
+            if n == 0:  # there is no last row to repeat
+                continue
+            size = buckets.choose(n, self._options.capture_sizes, dim.upper, self._admits(dim, values))
+            if size is None:
+                return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
+            values.update(dict.fromkeys(dim.symbols, size))
+        kept = self._kept_equal(self.region.values(sizes), values, dims)
+        return tuple(evaluate(s.size, kept) for s in self.region.sizes)
+
+    def _kept_equal(self, real: Values, padded: Values, dims: Sequence[DynamicDim]) -> Values:
+        """``padded``, with dims that have no proof padded only where sizes that are equal in the call stay equal.
+
+        Such sizes may belong together, though neither a guard nor a proof says so: an index made of one may run out of
+        the range of the other, which on a GPU is the end of the process's CUDA context.
+        """
+        apart = [
+            s
+            for dim in dims
+            for s in dim.symbols
+            if dim.to_probe is not None and len({padded[t] for t in real if real[t] == real[s]}) > 1
+        ]
+        if not apart:
+            return padded
+        kept = {**padded, **{s: real[s] for s in apart}}
+        return kept if self.region.shapes.admits([evaluate(s.size, kept) for s in self.region.sizes]) else real
+
+    def _admits(self, dim: DynamicDim, values: Values) -> Callable[[int], bool]:
+        def admits(size: int) -> bool:
+            padded = {**values, **dict.fromkeys(dim.symbols, size)}
+            if self._overlaps(dim, padded):
+                return False
+            return self.region.shapes.admits([evaluate(s.size, padded) for s in self.region.sizes])
+
+        return admits
+
+    def _overlaps(self, dim: DynamicDim, values: Values) -> bool:
+        return any(overlaps_itself(*shape_at(t, values)) for t in self.region.staged if t.symbols & dim.symbols)
+
+    def _reading(self, tensor: TensorInput, values: Values, padded: Values) -> Reading:
+        size = shape_at(tensor, values)[0]
+        provided = extent(*shape_at(tensor, self.largest(padded))) * tensor.dtype.itemsize
+        return Reading(
+            tensor.index,
+            tensor.dtype,
+            real=shape_at(tensor, values),
+            shape=shape_at(tensor, padded),
+            row_entries=tuple(self._row_entries(e, n, values) for e, n in zip(tensor.size, size, strict=True)),
+            fill=self._fill(tensor),
+            provided=provided if provided <= _PROVIDED_AT_ONCE else 0,
+            is_fixed=not tensor.symbols,
+        )
+
+    def _row_entries(self, expression: Any, length: int, values: Values) -> int:
+        """Entries per row of a dim whose size is ``expression``: 2 for ``2*s``."""
+        rows = next((values[s] for s in expression.free_symbols if any(s in d.symbols for d in self._padded_dims())), 1)
+        return max(length // max(rows, 1), 1)
+
+    def _fill(self, tensor: TensorInput) -> Fill:
+        irrelevant = not any(d.needs_fill for d in self._padded_dims() if d.symbols & tensor.symbols)
+        if self._poisons() and irrelevant and tensor.dtype.is_floating_point:
+            return float("nan")
+        return tensor.fill
