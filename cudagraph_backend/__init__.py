@@ -3,16 +3,16 @@
 The way of the data::
 
     torch.compile(model, backend="sharedgraph", options={...})
-     1  Dynamo        an FX graph, with symbolic sizes for dynamic dims
-     2  backend       options parsed strictly; composes what follows            backend, compiling, options
-     3  analysis      inputs, dynamic dims and their padding verdict, parts     analysis, region
-     4  Inductor      each region compiled once, for symbolic sizes             torch_internals
-     -- compile time above, call time below ----------------------------------------------------
-     5  dispatch      sizes of the call -> plan -> bucket                       dispatch, plan, buckets
-     6  tree          addresses of the call -> route -> place -> graph          tree
-     7  staging       real rows to where the graph reads, padded rows filled    staging, kernels
-     8  replay        scratch in the memory pool                                replay, capture, drivers
-     9  outputs       results in the output pool, returned as views of it       outputs, output_pool
+     1  Dynamo     an FX graph, with symbolic sizes for dynamic dims
+     2  backend    options parsed strictly; composes what follows            backend, options
+     3  analyse    inputs, outputs, dynamic dims and their padding verdict   compile/, padding/, graph/
+     4  Inductor   each region (or part of one) compiled once for all sizes  compile/region_compile
+     -- compile time above, once per region; call time below -------------------------------------
+     5  plan       sizes of the call -> plan -> bucket                       runtime/planner
+     6  find       addresses of the call -> route -> place -> graph          runtime/finder, runtime/places
+     7  stage      real rows to where the graph reads, padded rows filled    memory/copies, drivers/staging_kernel
+     8  replay     one launch; scratch in the memory pool                    drivers/
+     9  outputs    views of the real rows, in the output pool                runtime/layout, memory/
 """
 
 from __future__ import annotations

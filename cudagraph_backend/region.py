@@ -1,4 +1,4 @@
-"""What is known of one region at compile time: frozen records, made by ``analysis``, read by everything after it."""
+"""What is known of one region at compile time: frozen records, made by ``compile/``, read by ``runtime/``."""
 
 from __future__ import annotations
 
