@@ -21,13 +21,16 @@ ALIGNMENT = 512  # bytes; what the caching allocator gives, and more than any ve
 
 
 class OutputPool:
-    """Hands out ranges of one growing memory: the first bytes that are free, where other ranges may lie too."""
+    """Hands out ranges of one growing memory: the first bytes that are free, where other ranges may lie too.
+
+    ``live`` tells which of them hold outputs that somebody still uses.
+    """
 
     def __init__(self, memory: Memory):
         self._memory = memory
         self._ranges: WeakValueDictionary[Span, OutputRange] = WeakValueDictionary()
         self._by_storage: WeakValueDictionary[int, OutputRange] = WeakValueDictionary()
-        self._live = LiveRanges()
+        self.live = LiveRanges()
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +62,7 @@ class OutputPool:
         What is taken outside of the pool does not matter. Raises ``torch.OutOfMemoryError`` if the device is full.
         """
         size = _aligned(nbytes)
-        busy = sorted([*(span for span in taken if span[0] >= 0), *(r.span for r in self.live_ranges())])
+        busy = sorted([*(span for span in taken if span[0] >= 0), *(r.span for r in self.live.all())])
         for first, end in preferred:
             if end - first == size and not any(a < end and first < b for a, b in busy):
                 return self._range(first, size)
@@ -80,37 +83,26 @@ class OutputPool:
 
     # ---- which bytes are alive
 
-    def is_free(self, spans: Iterable[Span]) -> bool:
-        """Return whether nothing in the spans is live."""
-        return self._live.are_free(spans)
-
-    def live_in(self, span: Span) -> list[OutputRange]:
-        """Return the ranges with a live output that share a byte with ``span``."""
-        return self._live.within(span)
-
-    def live_ranges(self) -> list[OutputRange]:
-        """Return all ranges with a live output, by offset."""
-        return self._live.all()
-
     def free_spans(self) -> list[Span]:
         """Return all bytes of the pool in which nothing is live."""
-        bounds = [0, *(bound for taken in self.live_ranges() for bound in taken.span), self.nbytes]
+        bounds = [0, *(bound for taken in self.live.all() for bound in taken.span), self.nbytes]
         return [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
 
     # ---- outputs
 
     def storage_of(self, taken: OutputRange, nbytes: int) -> RangeStorage:
         """Return the storage over the first ``nbytes`` bytes of a range, made once."""
-        found = taken.storage(nbytes)
-        if found is None:
-            found = taken.keep(self.bytes(taken.offset, nbytes).untyped_storage())
-            self._by_storage[found.cdata] = taken
-        return found
+        return taken.storage(nbytes) or self._new_storage(taken, nbytes)
+
+    def _new_storage(self, taken: OutputRange, nbytes: int) -> RangeStorage:
+        made = taken.keep(self.bytes(taken.offset, nbytes).untyped_storage())
+        self._by_storage[made.cdata] = taken
+        return made
 
     def lend(self, taken: OutputRange, nbytes: int, loan: Loan, step: Step) -> RangeStorage:
         """Hand out the storage over the first ``nbytes`` bytes, for a call's outputs. Nothing there may be live."""
-        lent = self.storage_of(taken, nbytes)
-        self._live.add(taken)
+        lent = taken.storage(nbytes) or self._new_storage(taken, nbytes)
+        self.live.add(taken)
         taken.lend(lent, loan, step)
         return lent
 
@@ -137,7 +129,7 @@ class OutputPool:
         taken.loan = None
         if CAN_FORBID_ACCESS:
             self._by_storage.pop(taken.forget().cdata, None)
-            self._live.remove(taken)
+            self.live.remove(taken)
         forbid_access(storage, message)
 
 

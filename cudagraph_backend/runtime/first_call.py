@@ -78,7 +78,8 @@ class FirstCalls:
         refusal = state.places.refused_capture(route)
         if refusal is not None:
             return refusal
-        state.poison_free_bytes()
+        if state.device.driver.poison:
+            state.device.poison_free_bytes()
         route.stage(args)
         inputs = with_static(route.inputs, args)
         results = run_once(state, route, inputs)

@@ -62,7 +62,8 @@ LIMITS = Limits()
 class Admission:
     """Decides whether a graph is captured, by what became of those that were captured before.
 
-    ``calls`` are those of the region that met a place, by which idleness is told.
+    ``calls`` are those of the region that met a place, by which idleness is told; ``unused`` are, by bucket, the
+    captures since one of its graphs was replayed.
     """
 
     def __init__(self, limits: Limits, sizes_from_data: bool):
@@ -70,7 +71,7 @@ class Admission:
         self._sizes_from_data = sizes_from_data
         self.calls = 0
         self._paused_until = 0
-        self._unused: dict[Sizes, int] = {}  # captures of a bucket since one of its graphs was replayed
+        self.unused: dict[Sizes, int] = {}
         self._met: set[Sizes] = set()  # buckets, where sizes depend on data
         self._put_off: set[object] = set()
 
@@ -95,15 +96,9 @@ class Admission:
 
     def is_put_off(self, sizes: Sizes, addresses: object) -> bool:
         """Return whether addresses are met for the first time after many captures that no call made use of."""
-        if self._unused.get(sizes, 0) < self._limits.unused_captures or addresses in self._put_off:
+        if self.unused.get(sizes, 0) < self._limits.unused_captures or addresses in self._put_off:
             return False
         if len(self._put_off) >= self._limits.places:
             self._put_off.clear()
         self._put_off.add(addresses)
         return True
-
-    def note_capture(self, sizes: Sizes) -> None:
-        self._unused[sizes] = self._unused.get(sizes, 0) + 1
-
-    def note_replay(self, sizes: Sizes) -> None:
-        self._unused[sizes] = 0

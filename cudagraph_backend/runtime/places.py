@@ -77,15 +77,16 @@ class Places:
         sizes = plan.bucket.sizes
         for route in self._routes.get((plan.sizes, sizes, where), ()):
             place = route.place
-            if sizes in place.graphs and self._is_called_at(place, args) and self._pool.is_free(route.writes):
+            if sizes in place.graphs and self._is_called_at(place, args) and self._pool.live.are_free(route.writes):
                 return route
         return self._new_route(plan, where, args)
 
     def note_replay(self, route: Route) -> None:
         """Note that a call was answered from a graph."""
-        self._admission.calls += 1
-        route.place.used = self._admission.calls
-        self._admission.note_replay(route.sizes)
+        admission = self._admission
+        admission.calls += 1
+        route.place.used = admission.calls
+        admission.unused[route.sizes] = 0
 
     def _is_called_at(self, place: Place, args: list[Any]) -> bool:
         """Whether a call has a place's static inputs and objects."""
@@ -320,7 +321,7 @@ class Places:
         if route not in routes:
             routes.append(route)
             routes.sort(key=lambda known: bool(known.place.copied))  # those that spare a copy first
-        self._admission.note_capture(route.sizes)
+        self._admission.unused[route.sizes] = self._admission.unused.get(route.sizes, 0) + 1
 
     def drop_graphs(self, sizes: Sizes) -> None:
         """Those of one bucket."""

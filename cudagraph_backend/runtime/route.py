@@ -123,7 +123,7 @@ class Route:
 
     def blockers(self, pool: OutputPool) -> list[OutputRange]:
         """Return the ranges with live outputs that a call would overwrite."""
-        return list(dict.fromkeys(taken for span in self.writes for taken in pool.live_in(span)))
+        return list(dict.fromkeys(taken for span in self.writes for taken in pool.live.within(span)))
 
 
 def bucket_inputs(region: Region, sizes: Sizes, buffers: Mapping[int, torch.Tensor]) -> list[Any]:

@@ -73,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), byte=st.integers(0, 255))
     def write_and_lend(self, data: st.DataObject, byte: int) -> None:
         taken = data.draw(st.sampled_from(self.ranges))
-        if self.pool.live_in(taken.span):
+        if self.pool.live.within(taken.span):
             return
         nbytes = data.draw(st.integers(1, taken.nbytes))
         fill(self.pool, taken, byte)
@@ -111,7 +111,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def liveness_is_that_of_the_tensors(self) -> None:
-        assert set(self.pool.live_ranges()) == self.live()
+        assert set(self.pool.live.all()) == self.live()
         free = [byte for span in self.pool.free_spans() for byte in range(*span, ALIGNMENT)]
         used = [byte for taken in self.live() for byte in range(*taken.span, ALIGNMENT)]
         assert sorted(free + used) == list(range(0, self.pool.nbytes, ALIGNMENT))
@@ -120,7 +120,7 @@ class PoolMachine(RuleBasedStateMachine):
     def live_ranges_are_found_by_their_bytes(self) -> None:
         for taken in self.ranges:
             overlapping = {r for r in self.live() if r.offset < taken.end and taken.offset < r.end}
-            assert set(self.pool.live_in(taken.span)) == overlapping
+            assert set(self.pool.live.within(taken.span)) == overlapping
 
     @invariant()
     def the_pool_never_shrinks(self) -> None:
@@ -267,23 +267,23 @@ def test_a_range_knows_its_loan_and_the_tensors_on_it(pool: OutputPool):
 def test_a_live_output_is_known_when_nobody_else_holds_its_range(pool: OutputPool):
     output = output_on(pool, pool.find_room(64, []), 64)
     gc.collect()
-    assert [taken.span for taken in pool.live_ranges()] == [(0, ALIGNMENT)]
-    assert pool.holder(output.untyped_storage()) is pool.live_ranges()[0]
+    assert [taken.span for taken in pool.live.all()] == [(0, ALIGNMENT)]
+    assert pool.holder(output.untyped_storage()) is pool.live.all()[0]
 
 
 def test_only_overlapping_bytes_are_live(pool: OutputPool):
     first, second = pool.find_room(64, []), pool.find_room(64, [(0, ALIGNMENT)])
     long = pool.find_room(3 * ALIGNMENT, [])
     kept = [output_on(pool, first, 8), output_on(pool, second, 8)]
-    assert pool.live_in(first.span) == [first]
-    assert set(pool.live_in(long.span)) == {first, second}
-    assert pool.live_in((2 * ALIGNMENT, 3 * ALIGNMENT)) == []
-    assert pool.live_in((ALIGNMENT, ALIGNMENT)) == []
+    assert pool.live.within(first.span) == [first]
+    assert set(pool.live.within(long.span)) == {first, second}
+    assert pool.live.within((2 * ALIGNMENT, 3 * ALIGNMENT)) == []
+    assert pool.live.within((ALIGNMENT, ALIGNMENT)) == []
     kept.clear()
     output = output_on(pool, long, 8)
-    assert pool.live_in(second.span) == [long]
+    assert pool.live.within(second.span) == [long]
     del output
-    assert pool.live_in(second.span) == []
+    assert pool.live.within(second.span) == []
 
 
 def test_an_invalidated_output_raises_with_its_source_line_and_the_cure(pool: OutputPool):
