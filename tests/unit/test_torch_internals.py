@@ -25,6 +25,7 @@ from cudagraph_backend.torch_internals import (
     forget_marked_steps,
     outside_inference_mode,
     storage_users,
+    storages,
     take_graph_override,
     with_allocator,
 )
@@ -37,8 +38,8 @@ from tests.unit.test_analysis import captured
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way of comparing addresses that this build of torch has."""
     if request.param == "Python":
-        monkeypatch.setattr(torch_internals, "_ADDRESSES_EQUAL", None)
-    elif torch_internals._ADDRESSES_EQUAL is None:
+        monkeypatch.setattr(storages, "_ADDRESSES_EQUAL", None)
+    elif storages._ADDRESSES_EQUAL is None:
         pytest.skip("this build of torch has no _tensors_data_ptrs_at_indices_equal")
 
 
