@@ -44,12 +44,33 @@ def uses_in(path: Path) -> list[Use]:
         Use(name, f"{path.stem}.{_name_of(statement)}")
         for statement in tree.body
         for name in _names_read(statement, known)
-        if name.startswith("torch.") or (is_private(name) and name not in own)
+        if name.startswith("torch.") or ("." not in name and is_private(name) and name not in own)
     ]
 
 
-def uses_of_adapter() -> list[Use]:
-    return [use for path in sorted(ADAPTER.glob("*.py")) for use in uses_in(path)]
+def private_names_of_adapter() -> dict[str, set[str]]:
+    """Per private name that the modules of the adapter use, where they do."""
+    found: dict[str, set[str]] = {}
+    for use in (use for path in sorted(ADAPTER.glob("*.py")) for use in uses_in(path)):
+        if is_private(use.name):
+            found.setdefault(use.name, set()).add(use.place)
+    return found
+
+
+def source_of(place: str) -> str:
+    """The code of a function, class or constant of the adapter."""
+    module, _, name = place.partition(".")
+    text = (ADAPTER / f"{module}.py").read_text(encoding="utf-8")
+    return "\n".join(ast.get_source_segment(text, s) or "" for s in ast.parse(text).body if _name_of(s) == name)
+
+
+def imports_in(path: Path) -> Iterator[str]:
+    """The full names of what a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{each.name}" for each in node.names)
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
@@ -57,8 +78,8 @@ def _imported(tree: ast.Module) -> dict[str, str]:
     known: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            known.update({a.asname or a.name.partition(".")[0]: a.name if a.asname else "" for a in node.names})
-            known.update({a.name.partition(".")[0]: a.name.partition(".")[0] for a in node.names if not a.asname})
+            roots = {a.name.partition(".")[0] for a in node.names if a.asname is None}
+            known.update({root: root for root in roots}, **{a.asname: a.name for a in node.names if a.asname})
         elif isinstance(node, ast.ImportFrom):
             known.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
     return known
@@ -67,7 +88,11 @@ def _imported(tree: ast.Module) -> dict[str, str]:
 def _renamed(statement: ast.Assign, known: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What names stand for after ``aten, prims = torch.ops.aten, torch.ops.prims``."""
     target, value = statement.targets[0], statement.value
-    pairs = zip(target.elts, value.elts) if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else []
+    pairs = (
+        zip(target.elts, value.elts, strict=True)
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+        else []
+    )
     for each, given in [(target, value), *pairs]:
         name = _dotted(given, known)
         if isinstance(each, ast.Name) and isinstance(given, ast.Attribute) and name is not None:
@@ -158,7 +183,7 @@ def declaration(name: str) -> str:
         return "missing"
     try:
         parameters = inspect.signature(found).parameters.values()
-        said = f"({', '.join(str(each.replace(annotation=inspect.Parameter.empty)) for each in parameters)})"
+        said = f"({', '.join(_without_annotation(each) for each in parameters)})"
     except (TypeError, ValueError):
         said = (getattr(found, "__doc__", None) or "").strip().partition("\n")[0] if callable(found) else ""
     try:
@@ -168,6 +193,13 @@ def declaration(name: str) -> str:
     return " ".join(part for part in (type(found).__name__, said, source) if part)
 
 
+def _without_annotation(parameter: inspect.Parameter) -> str:
+    """With the default's name where it is a function: its address would differ every time."""
+    default = getattr(parameter.default, "__name__", parameter.default)
+    return str(parameter.replace(annotation=inspect.Parameter.empty, default=default))
+
+
 if __name__ == "__main__":
-    for each in sorted({use.name for use in uses_of_adapter() if use.name.startswith("torch.")}):
-        print(f"{each}: {declaration(each)}")
+    for each in sorted(private_names_of_adapter()):
+        if each.startswith("torch."):
+            print(f"{each}: {declaration(each)}")

@@ -1,25 +1,27 @@
-"""Everything private of torch that this package touches, in one place: the one adapter, by subject.
+"""Everything private of torch that this package touches, in one place, by subject.
 
 Read from, and tested with, torch 2.11, 2.12 and 2.13. No other module uses a private name of torch, but for
-``torch._foreach_copy_``, storages' ``_cdata`` and operators by their names. docs/torch_internals.md lists every private
-name with its use, what differs between releases and the test that guards it; ``tests/unit/test_torch_internals_table.py``
-compares that table with this code and with the torch that is installed.
+``torch._foreach_copy_``, the ``_cdata`` of storages, and operators by their names. Others import from this package, not
+from its modules; these import each other alone, without circles.
 
-Others import from this package, not from its modules. Its modules import no other module of ours but each other.
+``docs/torch_internals.md`` lists every private name: where it is used, what differs between releases, which test guards
+it. ``tests/unit/test_torch_internals_table.py`` compares that list with this code and with the torch that is installed.
 
-A new torch release, step by step:
+For a new release of torch:
 
-1. Install it, and let ``setup.py`` and the CI matrix allow it.
-2. ``pytest tests/unit/test_torch_internals_table.py``: names that are gone, or that moved.
-3. ``python -m tests.unit.test_torch_internals_table OLD``, with the new torch, where ``OLD`` is the ``site-packages`` folder
-   of the last release: prints the names that are missing on one side or are declared otherwise. Read what has changed in
-   each, and what the table's second part lists: those have no underscore, so nothing else finds them.
-4. ``pytest tests/unit/test_torch_internals.py``: what each name does; on a GPU ``pytest -m cuda tests/gpu``, too.
-5. Read, in the new torch: ``compile_fx_inner`` and the arguments ``compile_fx`` passes it; ``CompiledFxGraph``;
-   ``AOTAutograd``'s use of ``TracingContext``; ``cudagraph_trees.get_curr_generation`` and Inductor's reasons against
-   graphs (``cudagraph_utils``); ``torch.cuda.graphs``. New settings and operators appear there first.
-6. ``pytest``, then ``python -m tests.parity`` and ``python -m tests.opinfo``: what is captured, and what is padded.
-7. Note in the table what differs, and take out what only releases that are no longer supported need.
+1. ``python -m tests.torch_names > old.txt`` with the last release. Install the new one, let ``setup.py`` and the CI
+   matrix allow it, and ``python -m tests.torch_names > new.txt``. Each line says the parameters of a name, and a digest
+   of its source: where they differ, read what has changed.
+2. ``pytest tests/unit/test_torch_internals_table.py tests/unit/test_torch_internals.py``: names that are gone, and what
+   each does.
+3. Read what has no underscore, and so is not found by its name (the second part of the list): the fields of
+   ``CompiledFxGraph`` and the code that Inductor generates, ``ShapeEnv``, ``TracingContext``, the keys of a node's
+   ``meta``, the arguments that ``compile_fx`` passes on to ``compile_fx_inner``.
+4. Read what decides about CUDA graphs in torch itself, as ours follows it: ``torch/_inductor/cudagraph_trees.py`` (how
+   steps are counted), ``torch/_inductor/cudagraph_utils.py`` (what is not captured) and ``torch/cuda/graphs.py``.
+5. ``pytest``, and on a GPU ``pytest -m cuda -n 0``; then ``python -m tests.parity`` and ``python -m tests.opinfo``:
+   what is captured, and which operators are padded.
+6. Write down what differs, and take out what only releases need that are supported no more.
 """
 
 from __future__ import annotations

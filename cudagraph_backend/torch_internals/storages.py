@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef  # expired() tells whether it is dead
+from torch.multiprocessing import reductions
+
+StorageWeakRef = reductions.StorageWeakRef  # expired() tells whether it is dead
 
 # CUDA builds only
 _ADDRESSES_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
