@@ -19,6 +19,8 @@ from cudagraph_backend.graph.operators import has_token, is_token, read_by, targ
 from cudagraph_backend.graph.source import source_line
 from cudagraph_backend.region import Wiring
 from cudagraph_backend.torch_internals import (
+    MAKE_TOKEN,
+    SINK_TOKENS,
     SYMBOLIC,
     expr,
     mark_visible,
@@ -234,7 +236,7 @@ class _Cutter:
         """Before the first operator with effects in a part."""
         for read in node.all_input_nodes:
             if is_token(read) and read not in copies:
-                copies[read] = graph.call_function(torch.ops.prims._make_token.default)
+                copies[read] = graph.call_function(MAKE_TOKEN)
                 copies[read].meta["val"] = read.meta["val"]
 
     def _examples(self, index: int) -> tuple[Any, ...]:
@@ -253,7 +255,7 @@ def _sink_tokens(graph: Graph) -> None:
         tokens.append(graph.call_function(operator.getitem, (node, 0)))
         tokens[-1].meta["val"] = node.args[0].meta["val"]  # type: ignore[union-attr]
     if tokens:
-        graph.call_function(torch.ops.prims._sink_tokens.default, (tokens,)).meta["val"] = None
+        graph.call_function(SINK_TOKENS, (tokens,)).meta["val"] = None
 
 
 def _is_argument(value: Value) -> bool:

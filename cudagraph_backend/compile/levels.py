@@ -27,6 +27,8 @@ from cudagraph_backend.graph.operators import (
     writes_in_place,
 )
 from cudagraph_backend.torch_internals import (
+    MAKE_TOKEN,
+    SINK_TOKENS,
     SYMBOLIC,
     is_operator,
     operator_name,
@@ -36,7 +38,7 @@ from cudagraph_backend.torch_internals import (
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default, prims._make_token.default)
+CONSTANTS = (aten.full.default, aten.scalar_tensor.default, prims.iota.default, MAKE_TOKEN)
 # Of a view and a look-up that their schemas don't tell.
 _AS_GOOD_AS_VIEWS = ("aten::_unsafe_view", "prims::inductor_lookup_seed")
 
@@ -66,7 +68,7 @@ class Flow:
             self.needs[node] = [base for base in self.reads[node] if base.op != "placeholder"]
             if node.op in ("placeholder", "output"):
                 self.bases[node] = frozenset([node])
-            elif node.target is prims._sink_tokens.default:
+            elif node.target is SINK_TOKENS:
                 self.bases[node] = frozenset()  # no part needs it: each ends with one of its own
             elif self._is_repeated(node):
                 self.bases[node] = self.reads[node]

@@ -144,7 +144,7 @@ def run_eager(workload: Workload, progress: Progress) -> tuple[WayResult, list[T
 def run_way(way: Way, workload: Workload, references: Sequence[Tensor], progress: Progress) -> WayResult:
     """Serve the stream in one way, from a clean start."""
     device = references[0].device
-    torch._dynamo.reset()
+    torch.compiler.reset()
     sg.reset()
     free_before = _free_memory(device)
     served = way.prepare(workload.module)

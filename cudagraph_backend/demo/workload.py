@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cudagraph_backend import torch_internals
 from cudagraph_backend.demo import models
 
 MAX_ROWS = 64
@@ -72,7 +73,7 @@ def mark(batch: Batch, dims: Sequence[DynamicDim]) -> Batch:
     for tensor in batch:
         for each in dims:
             if tensor.shape[each.dim] >= each.min:
-                torch._dynamo.mark_dynamic(tensor, each.dim, min=each.min, max=each.max)
+                torch_internals.mark_dim(tensor, each.dim, (each.min, each.max))
     return batch
 
 

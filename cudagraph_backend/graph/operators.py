@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.torch_internals import (
+    MAKE_TOKEN,
     flat_arguments,
     is_higher_order,
     is_operator,
@@ -95,7 +96,7 @@ def is_token(node: Node) -> bool:
     if node.target is operator.getitem:
         source, index = node.args
         return index == 0 and isinstance(source, Node) and has_token(source)
-    return node.target is torch.ops.prims._make_token.default
+    return node.target is MAKE_TOKEN
 
 
 def has_token(node: Node) -> bool:

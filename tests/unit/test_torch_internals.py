@@ -19,12 +19,18 @@ from cudagraph_backend import torch_internals
 from cudagraph_backend.region import evaluate
 from cudagraph_backend.torch_internals import (
     Shapes,
+    StorageWeakRef,
     addresses_equal,
+    borrowed_memory,
     current_step,
     expr,
+    forbid_access,
     forget_marked_steps,
     outside_inference_mode,
+    same_storage,
+    stock_graph_count,
     storage_users,
+    storages,
     take_graph_override,
     with_allocator,
 )
@@ -37,8 +43,8 @@ from tests.unit.test_analysis import captured
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way of comparing addresses that this build of torch has."""
     if request.param == "Python":
-        monkeypatch.setattr(torch_internals, "_ADDRESSES_EQUAL", None)
-    elif torch_internals._ADDRESSES_EQUAL is None:
+        monkeypatch.setattr(storages, "_ADDRESSES_EQUAL", None)
+    elif storages._ADDRESSES_EQUAL is None:
         pytest.skip("this build of torch has no _tensors_data_ptrs_at_indices_equal")
 
 
@@ -85,6 +91,34 @@ def test_every_tensor_on_a_storage_is_one_more_user():
     assert storage_users(cdata) == alone
 
 
+def test_a_tensor_on_the_same_storage_is_no_view_of_the_other():
+    tensor = torch.arange(8.0)
+    other = same_storage(tensor, (2, 2), (2, 1), 3)
+    assert other.tolist() == [[3, 4], [5, 6]]
+    assert other.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+    assert other._base is None
+    assert StorageWeakRef(other.untyped_storage()) == StorageWeakRef(tensor.untyped_storage())
+
+
+def test_borrowed_memory_is_read_and_written_where_it_is():
+    owner = torch.arange(4.0)
+    storage = borrowed_memory(owner.data_ptr(), owner.untyped_storage().nbytes(), owner.device)
+    tensor = torch.empty(0).set_(storage, 0, (4,), (1,))
+    assert torch.equal(tensor, owner)
+    tensor[0] = 7
+    assert owner[0] == 7
+    del tensor, storage
+    assert owner[0] == 7
+
+
+def test_forbidden_memory_raises_with_the_message():
+    tensor, other = torch.zeros(4), torch.zeros(4)
+    forbid_access(tensor.untyped_storage(), "it was overwritten")
+    with pytest.raises(RuntimeError, match="it was overwritten"):
+        tensor + 1
+    assert torch.equal(other + 1, torch.ones(4))
+
+
 def test_tensors_made_outside_of_inference_mode_can_be_saved_for_backward():
     with torch.inference_mode():
         with outside_inference_mode():
@@ -106,6 +140,10 @@ def test_a_marked_step_is_a_new_step():
     assert after != before
     torch.compiler.cudagraph_mark_step_begin()
     assert current_step() not in (before, after)
+
+
+def test_stock_has_no_graphs_without_a_gpu():
+    assert stock_graph_count(torch.device("cpu")) == 0
 
 
 # ------------------------------------------------------------------------------------------------ generated code
@@ -377,3 +415,39 @@ def test_an_override_is_taken_off_the_graph():
     gm.meta["cudagraph_annotation"] = SimpleNamespace(fwd=False, bwd=True)
     assert take_graph_override(gm) == (False, True)
     assert take_graph_override(gm) == (None, None)
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+@pytest.mark.parametrize("name", ["aten::mm", "aten::mm.default", "aten::sum.dim_IntList", "higher_order::cond"])
+def test_operators_are_known_by_name_with_or_without_their_overload(name: str):
+    assert torch_internals.is_registered_operator(name)
+
+
+@pytest.mark.parametrize("name", ["aten::nothing", "aten::mm.other", "nobody::mm", "higher_order::nothing"])
+def test_other_names_are_no_operators(name: str):
+    assert not torch_internals.is_registered_operator(name)
+
+
+def test_static_addresses_are_those_that_dynamo_was_told_of():
+    tensor = torch.zeros(2)
+    assert not torch_internals.has_static_address(tensor)
+    torch._dynamo.mark_static_address(tensor)
+    assert torch_internals.has_static_address(tensor)
+    assert torch_internals.has_static_address(torch.nn.Parameter(torch.zeros(2)))
+
+
+# ------------------------------------------------------------------------------------------------ parts of a region
+
+
+def test_values_are_traced_again_with_the_strides_of_the_inputs():
+    gm, (given,) = captured(lambda x: x.sin() + 1, torch.randn(4, 6), dynamic=False)
+    values = [node for node in gm.graph.nodes if node.op == "call_function"]
+    before = [node.meta["val"] for node in values]
+    torch_internals.retrace_strides(gm, [given])
+    assert all(node.meta["val"] is value for node, value in zip(values, before, strict=True))
+    with torch_internals.fake_mode_of(gm.graph):
+        transposed = torch.empty_strided((4, 6), (1, 4))
+    torch_internals.retrace_strides(gm, [transposed])
+    assert [node.meta["val"].stride() for node in values] == [(1, 4), (1, 4)]

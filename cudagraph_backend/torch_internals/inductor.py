@@ -1,0 +1,87 @@
+"""The way into Inductor, and its settings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch._dynamo.convert_frame import compile_lock
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+from cudagraph_backend.torch_internals.storages import outside_inference_mode
+
+InnerCompile = Callable[..., Callable[..., Any]]
+
+
+def compile_regions(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: InnerCompile, patches: dict[str, Any]
+) -> Any:
+    """Run stock Inductor's whole pipeline on a Dynamo graph, calling ``inner`` once per AOT region.
+
+    A warm AOTAutogradCache would return stock-compiled code without ever calling ``inner``; it is switched off. The
+    FX graph cache below it, which holds the expensive part, still works. Stock's own CUDA graphs are switched off.
+    """
+    patches = {**patches, "triton.cudagraphs": False}
+    with functorch_config.patch(enable_autograd_cache=False, bundled_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)  # type: ignore[arg-type]
+
+
+def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Compile one AOT region with Inductor. ``kwargs`` are what ``compile_fx`` passed; they differ by release."""
+    return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def without_graph_cache() -> contextlib.AbstractContextManager[None]:
+    """Compile in here what the FX graph cache can't tell apart.
+
+    Inductor's code checks sizes that depend on data as the whole frame says. The cache's key is the graph, and that of
+    a part need not hold the operators which say so.
+    """
+    return inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False)
+
+
+class Compilation:
+    """What the compilation that is under way knows, to compile more of it later."""
+
+    def __init__(self, patches: Mapping[str, Any]):
+        self._patches = {**patches, "triton.cudagraphs": False}
+        self._tracing, self._compile = TracingContext.try_get(), CompileContext.try_get()
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        with (
+            tracing(self._tracing),
+            compile_context(self._compile),
+            inductor_config.patch(self._patches),
+            outside_inference_mode(),
+            compile_lock,
+        ):
+            yield
+
+
+def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's own check of its settings' names and types (as for ``torch.compile(options=…)``).
+
+    Raises:
+        RuntimeError: an unknown name or a value of the wrong type.
+    """
+    return dict(torch._TorchCompileInductorWrapper(None, options, None).config)
+
+
+def mode_settings(mode: str) -> dict[str, Any]:
+    """Inductor's settings that a ``mode`` of ``torch.compile`` stands for."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def inductor_option_names() -> list[str]:
+    return sorted(inductor_config.get_config_copy())
+
+
+def ops_to_partition() -> tuple[str, ...]:
+    """Inductor's own list of operators that must run outside of CUDA graphs, as it is set now."""
+    return tuple(getattr(inductor_config, "custom_should_partition_ops", ()))

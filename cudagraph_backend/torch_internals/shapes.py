@@ -1,0 +1,113 @@
+"""Symbolic sizes: expressions over them, and the guards that a compiled region takes for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+from cudagraph_backend.torch_internals.fx import fake_mode_of
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class Shapes:
+    """What torch's ``ShapeEnv`` knows of one region's symbols; a thin, read-only face of it."""
+
+    def __init__(self, symints: Sequence[torch.SymInt]):
+        self._env = symints[0].node.shape_env if symints else None
+        self._symints = list(symints)
+        self._symbols = _by_name(symints)  # what Inductor compiles may replace one by another
+        self._guards: str | None = None
+        self._asserts: list[Any] = []
+
+    def freeze_guards(self) -> bool:
+        """Take the guards as they stand; call it after Inductor compiled the region, which adds some.
+
+        Returns false if they can't be told: they name a size of the frame that this region does not receive.
+        """
+        if self._env is None:
+            return True
+        asserts = [each.expr for some in self._env.deferred_runtime_asserts.values() for each in some]
+        own = frozenset().union(*(expr(size).free_symbols for size in self._symints))
+        self._asserts = [each for each in asserts if each.free_symbols & own]
+        try:
+            self._guards = self._env.produce_guards_expression(placeholders=self._symints)
+        except (
+            AssertionError,
+            IndexError,
+        ):  # "sources must not be empty for symbol", or torch 2.11 reads the first one
+            return False
+        return True
+
+    def upper_bound(self, symbol: sympy.Symbol) -> int | None:
+        """Largest size of ``symbol``; ``None`` if it has no bound.
+
+        The lengths of a jagged dim are one symbol, which stands for no number and has no range.
+        """
+        known = self._env.var_to_range.get(symbol)  # type: ignore[union-attr]
+        upper = None if known is None else known.upper
+        return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
+
+    def admits(self, sizes: Sequence[int]) -> bool:
+        """Whether the compiled region is valid for these values of its SymInt inputs, in their order.
+
+        What the code checks while running, of sizes that depend on data, must hold for them, too.
+        """
+        values = {expr(s): sympy.Integer(n) for s, n in zip(self._symints, sizes, strict=True)}
+        return all(each.xreplace(values) == sympy.true for each in self._asserts) and self.are_guarded(sizes)
+
+    def are_guarded(self, sizes: Sequence[int]) -> bool:
+        """Whether these values pass the guards that compiling the region took for granted."""
+        if self._guards is None:
+            return True
+        return bool(self._env.evaluate_guards_expression(self._guards, list(sizes)))  # type: ignore[union-attr]
+
+    def parse(self, expression: str) -> sympy.Expr:
+        """The expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
+        # Not the environment's own deserialize_symexpr, which can't tell the number of a jagged dim's lengths.
+        return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
+
+
+def has_lost_guards(graph: torch.fx.Graph) -> bool:
+    """Whether something compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
+
+    A guard is lost once: what is compiled later may rely on it, and loses none. Of backwards, which are always compiled
+    after Dynamo's guards, PyTorch takes the risk.
+    """
+    shape_env = getattr(fake_mode_of(graph), "shape_env", None)
+    return shape_env is not None and shape_env.counter["ignored_backward_guard"] > 0
+
+
+def _by_name(symints: Sequence[torch.SymInt]) -> dict[str, torch.SymInt]:
+    return {str(expr(symint)): symint for symint in symints}
+
+
+def is_jagged_size(value: Any) -> bool:
+    """Whether an int argument stands for the lengths of a jagged dim: it names them, and is no number."""
+    # What it was made for is a number where it is one, and another such name where it is not.
+    return isinstance(value, torch.SymInt) and isinstance(value.node.hint, torch.SymInt)
+
+
+def expr(value: Any) -> Any:
+    """A size, or a number computed from sizes, as a sympy expression over the region's symbols."""
+    return value.node.expr if isinstance(value, SYMBOLIC) else sympy.sympify(value)
+
+
+def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
+    """The symbols in a number, or in the layout of a tensor."""
+    numbers: list[Any] = [value] if isinstance(value, SYMBOLIC) else []
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        numbers = [*value.shape, *value.stride(), value.storage_offset()]
+    return frozenset().union(*(expr(n).free_symbols for n in numbers))
+
+
+def is_backed(expression: sympy.Expr) -> bool:
+    """Whether every symbol is an input's size; others (``u0``) depend on data and are known only while running."""
+    from torch.fx.experimental.symbolic_shapes import symbol_is_type
+    from torch.utils._sympy.symbol import SymT
+
+    return not any(symbol_is_type(s, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)) for s in expression.free_symbols)
