@@ -70,7 +70,7 @@ class Admission:
         self._limits = limits
         self._sizes_from_data = sizes_from_data
         self.calls = 0
-        self._paused_until = 0
+        self._paused_until = -1
         self.unused: dict[Sizes, int] = {}
         self._met: set[Sizes] = set()  # buckets, where sizes depend on data
         self._put_off: set[object] = set()
@@ -78,7 +78,7 @@ class Admission:
     @property
     def is_paused(self) -> bool:
         """Whether memory was short not long ago."""
-        return self.calls < self._paused_until
+        return self.calls <= self._paused_until
 
     def pause(self) -> Refusal:
         """Capture nothing for a while, after a capture for which there was no memory; graphs are replayed."""

@@ -13,7 +13,8 @@ PACKAGE = "cudagraph_backend"
 ROOT = Path(__file__).parents[2]
 
 RECORDS = {"errors", "fill", "region", "torch_internals"}
-# A layer is a folder or a module next to them; compile time and call time know nothing of each other. What stands in another's set may be imported by it, and nothing else.
+# A layer is a folder or a module next to them. What stands in another's set may be imported by it, and nothing else:
+# compile time and call time know nothing of each other.
 ALLOWED: dict[str, set[str]] = {
     "torch_internals": set(),
     "errors": set(),
