@@ -15,6 +15,8 @@ from cudagraph_backend.runtime import region_state
 from cudagraph_backend.runtime.limits import LIMITS
 from cudagraph_backend.runtime.places import Places
 
+pytestmark = pytest.mark.host_only("what is refused, and what a failed capture leaves, is decided above the drivers")
+
 
 def run(function, *args, **options):
     with torch.no_grad():

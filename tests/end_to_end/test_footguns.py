@@ -14,16 +14,9 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
+from tests.support.regions import compiled
 
-
-def compiled(function, **options):
-    return torch.compile(function, backend="sharedgraph", options=options)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def test_keeping_an_output_while_calling_again(device):

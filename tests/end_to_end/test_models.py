@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from tests.models import NAMES, random_sizes, serve
+from tests.support.models import NAMES, random_sizes, serve
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,6 +14,8 @@ from tests.parity.judge import difference, judge
 from tests.parity.program import Program, calls, randn
 from tests.parity.sweep import sweep
 
+pytestmark = pytest.mark.host_only("the judge is the same on a GPU, where tests/gpu holds the programs to stock, too")
+
 ON_A_CPU = [program for program in PROGRAMS if not program.needs_cuda]
 
 

@@ -12,10 +12,7 @@ from torch import nn
 
 import cudagraph_backend as sg
 from cudagraph_backend.runtime.allocations import Allocations
-
-
-def compiled(function, **options):
-    return torch.compile(function, backend="sharedgraph", options=options)
+from tests.support.regions import compiled
 
 
 def test_an_output_that_is_saved_for_backward_must_not_be_changed_in_place(device):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from tests.models import VOCABULARY, serve
+from tests.support.models import VOCABULARY, serve
 
 LARGEST = (8, 31)
 
