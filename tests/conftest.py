@@ -72,11 +72,18 @@ def is_on_a_gpu(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def full_precision(is_on_a_gpu, monkeypatch):
-    """Values are compared with eager's; TF32 would blur them."""
-    if is_on_a_gpu:
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_precision(is_on_a_gpu):
+    """Values are compared with eager's; TF32 would blur them.
+
+    Without ``monkeypatch``: it deletes what an object does not hold itself, and these settings are torch's.
+    """
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul) if is_on_a_gpu else ()
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    yield
+    for setting, allowed in zip(settings, before, strict=True):
+        setting.allow_tf32 = allowed
 
 
 @pytest.fixture(autouse=True)
