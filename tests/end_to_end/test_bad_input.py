@@ -192,6 +192,7 @@ def test_no_memory_for_the_output_pool(monkeypatch):
     assert sg.stats().fallbacks == {"no memory for the output pool: full": 4}
 
 
+@pytest.mark.slow
 def test_importing_before_and_after_the_look_up_is_the_same_backend():
     script = """
 import torch

@@ -8,6 +8,8 @@ import torch
 import cudagraph_backend as sg
 from tests.support.models import NAMES, random_sizes, serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_100_batches_of_random_size_equal_eager(name, device):

@@ -10,6 +10,8 @@ import torch
 import cudagraph_backend as sg
 from tests.support.models import VOCABULARY, serve
 
+pytestmark = pytest.mark.slow
+
 LARGEST = (8, 31)
 
 

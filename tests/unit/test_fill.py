@@ -204,6 +204,7 @@ def check_random_program(chosen: Any, last: str, other: int, choice: list[str]):
         assert refute(found, verdict, fills, tolerance=1e-9) is None, found.module.print_readable(print_output=False)
 
 
+@pytest.mark.slow
 def test_no_verdict_on_inputs_that_are_filled_differently_is_refuted():
     """In place of a number, of which a proof knows nothing, padded rows hold what does the most harm."""
     seen.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def check(chosen, row_dim, fill):
     seen["refused"] += 1
 
 
+@pytest.mark.slow
 def test_no_safe_verdict_is_refuted():
     seen.clear()
     check()
