@@ -16,7 +16,7 @@ from cudagraph_backend.options import Options
 from cudagraph_backend.padding.prove import Verdict
 from cudagraph_backend.region import DynamicDim
 from tests.architectures.catalogue import Architecture, build
-from tests.unit.padding.oracle import Region, dynamic, recorded, refute
+from tests.support.oracle import Region, dynamic, recorded, refute
 
 SIZES = (5, 4)
 

@@ -15,6 +15,8 @@ from cudagraph_backend.runtime import region_state
 from cudagraph_backend.runtime.limits import LIMITS
 from cudagraph_backend.runtime.places import Places
 
+pytestmark = pytest.mark.host_only("what is refused, and what a failed capture leaves, is decided above the drivers")
+
 
 def run(function, *args, **options):
     with torch.no_grad():
@@ -190,6 +192,7 @@ def test_no_memory_for_the_output_pool(monkeypatch):
     assert sg.stats().fallbacks == {"no memory for the output pool: full": 4}
 
 
+@pytest.mark.slow
 def test_importing_before_and_after_the_look_up_is_the_same_backend():
     script = """
 import torch

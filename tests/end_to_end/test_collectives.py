@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from torch import distributed
+
+pytestmark = pytest.mark.slow
 
 PROCESSES = 2
 START = """

@@ -153,6 +153,7 @@ assert cudagraph_backend.stats().captures == 1
 """
 
 
+@pytest.mark.slow
 def test_a_saved_module_is_loaded_in_another_process(tmp_path):
     model = torch.compile(nn.Linear(4, 4), backend="sharedgraph")
     torch.save(model, tmp_path / "model.pt")

@@ -14,6 +14,8 @@ import torch
 from cudagraph_backend.__main__ import main
 from cudagraph_backend.demo import models, workload
 
+pytestmark = pytest.mark.slow
+
 # What a second run must repeat; times and the pool's scratch may differ.
 COUNTED = ("regions", "graphs", "captures", "replays", "fallbacks", "rows_real", "rows_padded", "output_pool_bytes")
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import cudagraph_backend as sg
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding, padding_rule
-from cudagraph_backend.padding.call import RULES
-from tests.end_to_end.test_parts import BUCKETS, SIZES, check, kinds, two
+from tests.support.operators import wave
+from tests.support.regions import BUCKETS, SIZES, Kept, check, kinds, two
 
 metadata = {"scale": 1.0}  # what an engine describes a batch with, outside of any tensor
 
@@ -40,13 +40,7 @@ def add_one(x: torch.Tensor) -> None:
     x.add_(1)
 
 
-@torch.library.custom_op("higher_order_e2e::wave", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def wave(x: torch.Tensor) -> torch.Tensor:
-    return x.sin()
-
-
 scaled.register_fake(torch.empty_like)
-wave.register_fake(torch.empty_like)
 
 
 @torch.compiler.nested_compile_region
@@ -57,23 +51,6 @@ def block(x, w):
 @torch.compiler.nested_compile_region
 def unsafe_block(x, w):
     return wave(x @ w) + x
-
-
-class Kept:
-    """Results that are compared some steps after they were made: those of few steps, which every release lets live."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[Any, Any]] = []
-
-    def keep(self, got: Any, expected: Any) -> None:
-        self._kept.append((got, expected))
-        if len(self._kept) > 2:
-            torch.testing.assert_close(*self._kept.pop(0), rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture
-def weight(device) -> torch.Tensor:
-    return torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ named operators
@@ -149,14 +126,6 @@ def test_an_operator_that_writes_is_captured(device):
     assert sg.stats().graphs >= len(set(SIZES))
     reason = "no padding rule for an operator that changes its arguments (higher_order_e2e.add_one.default)"
     assert reason in sg.explain()
-
-
-@pytest.fixture
-def no_rules_left():
-    known = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(known)
 
 
 def test_an_operator_that_writes_is_padded_by_a_rule_that_says_so(device, no_rules_left):
@@ -265,7 +234,7 @@ def test_a_nested_region_with_an_operator_that_cannot_be_captured_is_cut_out(dev
         lambda n: [torch.randn(n, 8, device=device), weight],
     )
     assert kinds() == "[c.c]"
-    assert "higher_order_e2e.wave.default" in sg.explain()
+    assert "sharedgraph_tests.wave.default" in sg.explain()
 
 
 def test_nested_regions_keep_results_and_train(device):
@@ -379,6 +348,7 @@ def say(x: torch.Tensor) -> torch.Tensor:
 say.register_fake(torch.empty_like)
 
 
+@pytest.mark.host_only("a replay calls no Python")
 def test_operators_with_effects_run_once_per_call_and_in_order_on_the_host(weight):
     """Also around an operator that is cut out, and where test runs are asked for."""
     effects = torch._higher_order_ops.effects

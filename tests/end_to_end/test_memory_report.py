@@ -12,6 +12,8 @@ import torch
 import cudagraph_backend as sg
 from cudagraph_backend.drivers.host import HostDriver, HostGraph
 
+pytestmark = pytest.mark.host_only("the executables are made up, and of the host driver")
+
 SIZES = (64, 40, 8, 5)  # 5 is served by the graph of 8
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from tests.models import NAMES, random_sizes, serve
+from tests.support.models import NAMES, random_sizes, serve
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,9 +14,12 @@ from tests.parity.judge import difference, judge
 from tests.parity.program import Program, calls, randn
 from tests.parity.sweep import sweep
 
+pytestmark = pytest.mark.host_only("the judge is the same on a GPU, where tests/gpu holds the programs to stock, too")
+
 ON_A_CPU = [program for program in PROGRAMS if not program.needs_cuda]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ON_A_CPU, ids=[program.name.replace(" ", "_") for program in ON_A_CPU])
 def test_values_are_eagers_and_what_can_be_is_captured(program, device):
     outcome = judge(program, device)
@@ -159,6 +162,7 @@ def _hangs(device):
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_the_sweep_outlives_programs_that_crash_or_hang(device):
     program = next(p for p in PROGRAMS if p.name == "views of arguments")
     found = {outcome.name: outcome for outcome in sweep([_program(_crashes), program], device, jobs=2)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from torch._dynamo.utils import counters
 
 import cudagraph_backend as sg
 from cudagraph_backend import sharedgraph, torch_internals
+from tests.support.regions import BUCKETS, SIZES, check, kinds, two
 
 UNSAFE = {"tags": (torch.Tag.cudagraph_unsafe,)}
-SIZES = (5, 7, 30, 3, 17, 7, 2, 30)
-BUCKETS = [8, 32]
 calls: list[torch.Size] = []
 
 
@@ -55,41 +53,6 @@ def data_dependent():
     calls.clear()
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         yield
-
-
-@pytest.fixture
-def weight(device) -> torch.Tensor:
-    return torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(device)
-
-
-def check(function: Callable, make: Callable[[int], Sequence[torch.Tensor]], sizes=SIZES, **options: Any) -> sg.Stats:
-    """Every call equals eager, and so do its arguments afterwards."""
-    compiled = torch.compile(function, backend="sharedgraph", options={"capture_sizes": BUCKETS, **options})
-    with torch.no_grad():
-        for n in sizes:
-            ours = make(n)
-            eager = [a.clone() for a in ours]
-            for argument in ours:
-                if argument.ndim and argument.shape[0] == n:
-                    torch._dynamo.mark_dynamic(argument, 0)
-            torch.testing.assert_close(compiled(*ours), function(*eager), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
-    return sg.stats()
-
-
-def kinds() -> str:
-    """The parts in order: ``c`` for a captured one, ``.`` for one that is not; in brackets, for each region."""
-    text = ""
-    for region in (replayer.region for replayer in sharedgraph.regions()):
-        assert region.part is not None
-        text += ("[" if region.part[0] == 1 else "") + (".c"[region.refusal is None])
-        text += "]" if region.part[0] == region.part[1] else ""
-    return text
-
-
-def two(x: torch.Tensor) -> torch.Tensor:
-    """More operators: a part of one is not worth a graph."""
-    return x * 2 + 1
 
 
 STRUCTURES = {

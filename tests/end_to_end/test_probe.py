@@ -13,7 +13,13 @@ import cudagraph_backend as sg
 from cudagraph_backend.padding.call import RULES, RegisteredRule
 from cudagraph_backend.padding.lattice import Fact
 from cudagraph_backend.runtime.allocations import Allocations
+from tests.support.regions import assert_as_eager
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+CALLS_PYTHON = pytest.mark.host_only(
+    "Python code of an operator runs when a graph is captured, not when it is replayed, and may not wait for the GPU"
+)
 SIZES = (5, 11, 3, 24, 5, 17, 11, 2, 1, 40)
 RUNS: Counter[str] = Counter()
 NUMBERS = itertools.count()
@@ -67,10 +73,8 @@ fours = operator("fours", scale_in_fours)
 
 
 @pytest.fixture(autouse=True)
-def no_grad():
+def no_runs_yet():
     RUNS.clear()
-    with torch.no_grad():
-        yield
 
 
 def probed(function, **options):
@@ -85,9 +89,7 @@ def rows(n, device, dtype=torch.float32):
 
 
 def check(compiled, function, device, sizes=SIZES):
-    for n in sizes:
-        x = rows(n, device)
-        torch.testing.assert_close(compiled(x), function(x), rtol=1e-5, atol=1e-5)
+    assert_as_eager(compiled, function, lambda n: (rows(n, device),), sizes, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", [double, softmax], ids=lambda op: op.__name__)
@@ -122,12 +124,14 @@ def test_the_proof_goes_first(device):
     assert "probed" not in sg.explain()
 
 
+@CALLS_PYTHON
 def test_padding_that_is_off_is_not_probed(device):
     check(torch.compile(double, backend="sharedgraph", options={"pad": "off"}), double, device, (5, 6))
     assert sg.stats().rows_padded == 0
     assert RUNS["double"] == 2 + 2  # calls, eager
 
 
+@CALLS_PYTHON
 def test_the_region_runs_three_times_more_per_padded_size_and_no_more(device):
     compiled = probed(double)
     for n, runs in ((8, 1), (5, 4), (5, 1), (8, 1), (6, 4), (9, 4), (6, 1), (16, 1), (1, 1)):
@@ -471,6 +475,7 @@ def test_without_memory_for_the_probe_the_call_is_answered_at_its_size(device, m
     assert sg.stats().rows_padded == 3
 
 
+@CALLS_PYTHON
 def test_errors_of_the_call_itself_are_the_callers(device):
     compiled = probed(raising)
     x = rows(5, device)
@@ -480,6 +485,7 @@ def test_errors_of_the_call_itself_are_the_callers(device):
     check(compiled, raising, device, (5, 6))
 
 
+@CALLS_PYTHON
 def test_an_operator_that_raises_for_what_padded_rows_hold(device):
     check(probed(raising), raising, device)
     assert sg.stats().rows_padded == 0
@@ -503,6 +509,7 @@ def test_training(device):
     assert "(what they hold matters, masked 2 times)" in sg.explain()  # the backward sums over the batch
 
 
+@CALLS_PYTHON
 def test_a_reset_forgets_the_verdict(device):
     compiled = probed(double)
     check(compiled, double, device, (5,))

@@ -12,10 +12,7 @@ from torch import nn
 
 import cudagraph_backend as sg
 from cudagraph_backend.runtime.allocations import Allocations
-
-
-def compiled(function, **options):
-    return torch.compile(function, backend="sharedgraph", options=options)
+from tests.support.regions import compiled
 
 
 def test_an_output_that_is_saved_for_backward_must_not_be_changed_in_place(device):
@@ -257,9 +254,8 @@ def test_outputs_of_another_thread_stay_where_they_are(device):
     assert sg.stats().outputs_copied_out == 0
 
 
+@pytest.mark.host_only("tensors on a GPU stay where they are when they are shared")
 def test_an_output_whose_memory_was_shared_with_other_processes(device):
-    if device.type != "cpu":
-        pytest.skip("tensors on a GPU stay where they are when they are shared")
     f, g = compiled(lambda x: x * 2), compiled(lambda x: x + 1)
     with torch.no_grad():
         for _ in range(3):

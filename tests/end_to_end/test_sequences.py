@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import cudagraph_backend as sg
-from tests.models import VOCABULARY, serve
+from tests.support.models import VOCABULARY, serve
+
+pytestmark = pytest.mark.slow
 
 LARGEST = (8, 31)
 

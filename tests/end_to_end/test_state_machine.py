@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -310,6 +311,7 @@ def machine(functions: Functions) -> type[RuleBasedStateMachine]:
     return Program
 
 
+@pytest.mark.slow
 def test_random_programs(device):
     functions = Functions(device)
     run_state_machine_as_test(

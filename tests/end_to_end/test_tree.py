@@ -10,6 +10,8 @@ from torch import nn
 
 import cudagraph_backend as sg
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 BUCKETS = [4, 8, 16, 32]
 ALIGNMENT = 512
 
@@ -29,12 +31,6 @@ def rows(function, **options):
 def all_dims(function, **options):
     """Compiled for any sizes. Where a function has graph breaks, this is what makes all of its regions dynamic."""
     return torch.compile(function, backend="sharedgraph", options=options, dynamic=True)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def integers(*size, device):

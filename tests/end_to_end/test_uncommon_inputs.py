@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 import cudagraph_backend as sg
-from tests.end_to_end.test_parts import kinds
+from tests.support.regions import assert_as_eager, kinds, two
 
 # Rows per sequence; the number of sequences changes last, which Dynamo then takes for dynamic, too.
 LENGTHS = ((3, 2), (5, 1), (2, 7), (5, 1), (4, 4, 1), (3, 2, 9, 1), (4, 4, 1))
@@ -89,26 +88,18 @@ def test_tensors_on_meta(device):
     assert stats.rows_padded > 0
 
 
-def two(x: torch.Tensor) -> torch.Tensor:
-    return x * 2 + 1
-
-
-def check(function: Callable[..., Any], make: Callable[[int], Sequence[torch.Tensor]]) -> sg.Stats:
-    compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
-    with torch.no_grad():
-        for n in (5, 7, 30, 3, 7):
-            args = make(n)
-            torch.testing.assert_close(compiled(*args), function(*args), rtol=1e-4, atol=1e-4)
-    return sg.stats()
-
-
 def test_what_reads_a_view_that_is_computed_when_read_is_cut_out(device):
     """Of the two kinds Inductor itself reads negative ones wrong."""
 
     def make(n: int) -> list[torch.Tensor]:
         return [torch.randn(n, 8, dtype=torch.complex64, device=device).conj(), torch.randn(n, 8, device=device)]
 
-    stats = check(lambda z, x: two(torch.relu(two(x)) + (z * 2).real), make)
+    def function(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return two(torch.relu(two(x)) + (z * 2).real)
+
+    compiled = torch.compile(function, backend="sharedgraph", dynamic=True)
+    assert_as_eager(compiled, function, make, (5, 7, 30, 3, 7))
+    stats = sg.stats()
     assert "c" in kinds()
     assert "." in kinds()
     (reason,) = stats.fallbacks

@@ -7,7 +7,9 @@ import torch
 
 import cudagraph_backend as sg
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding
-from cudagraph_backend.padding.call import RULES
+from tests.support.regions import assert_as_eager, compiled
+
+pytestmark = pytest.mark.usefixtures("no_rules_left")
 
 SIZES = (5, 11, 3, 30, 9, 2)
 
@@ -37,21 +39,9 @@ def shift(x: torch.Tensor, by: float) -> None:
     x.add_(by)
 
 
-@pytest.fixture(autouse=True)
-def no_rules_left():
-    known = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(known)
-
-
 def check(function, device, **options):
     """Every call equals eager; the rows that were padded."""
-    compiled = torch.compile(function, backend="sharedgraph", options=options)
-    with torch.no_grad():
-        for n in SIZES:
-            x = torch.randn(n, 2, device=device)
-            torch.testing.assert_close(compiled(x.clone()), function(x.clone()))
+    assert_as_eager(compiled(function, **options), function, lambda n: (torch.randn(n, 2, device=device),), SIZES)
     return sg.stats().rows_padded
 
 

@@ -7,18 +7,13 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
+from tests.support.regions import assert_as_eager, compiled
 
 SIZES = (5, 11, 3, 64, 5, 17, 11, 2, 1, 40)
 
 
 def check(function, batch, *, sizes=SIZES, **options):
-    """Every call equals eager: values, sizes, strides and dtypes."""
-    compiled = torch.compile(function, backend="sharedgraph", options=options)
-    with torch.no_grad():
-        for n in sizes:
-            args = batch(n)
-            got, expected = compiled(*args), function(*args)
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert_as_eager(compiled(function, **options), function, batch, sizes, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, sys, torch
 assert "cudagraph_backend" not in sys.modules
@@ -23,6 +25,7 @@ print(json.dumps(cudagraph_backend.stats().as_dict()))
 """
 
 
+@pytest.mark.slow
 def test_same_stats_in_a_second_process(tmp_path):
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     stats = []

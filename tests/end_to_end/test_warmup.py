@@ -15,11 +15,8 @@ from torch._dynamo import mark_dynamic
 
 import cudagraph_backend as sg
 from cudagraph_backend.drivers.host import HostDriver, HostGraph
-from tests.models import Mlp
-
-
-def compiled(function, **options):
-    return torch.compile(function, backend="sharedgraph", options=options)
+from tests.support.models import Mlp
+from tests.support.regions import compiled
 
 
 def marked(*shape, device, upper=20, dims=(0,)):
@@ -284,6 +281,7 @@ def test_a_bar_tells_sizes_seconds_and_memory(device, monkeypatch):
     assert len(bar.told) == 2
 
 
+@pytest.mark.host_only("the executables are made up, and of the host driver")
 def test_memory_of_executables_is_in_the_records(device, monkeypatch):
     monkeypatch.setattr(HostDriver, "capture", lambda self, run, **of_graph: HostGraph(run, 1000))
     warmed = sg.warmup(compiled(lambda x: x * 2), (marked(3, 4, device=device),), [8, 2])

@@ -292,6 +292,7 @@ print(json.dumps([stats.captures, stats.replays, stats.fallbacks, compilations])
 """
 
 
+@pytest.mark.slow
 def test_the_precompile_cache_neither_gives_nor_takes(device, tmp_path):
     """It knows functions by name and line alone, and would answer with Inductor's code, which captures nothing."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "SHAREDGRAPH_OPTIONS": '{"capture": "always"}'}

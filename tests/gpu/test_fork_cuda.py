@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import os
 import traceback
@@ -40,6 +42,7 @@ torch.testing.assert_close(compiled(x), x.sin() * 2)
 """
 
 
+@pytest.mark.slow
 def test_the_error_is_torchs_own():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from tests.parity.catalogue import PROGRAMS
 from tests.parity.judge import judge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=[program.name.replace(" ", "_") for program in PROGRAMS])
 def test_values_are_eagers_and_what_stock_records_is_captured(program, device):
     outcome = judge(program, device)

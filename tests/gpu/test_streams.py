@@ -9,19 +9,12 @@ import torch
 from torch import nn
 
 import cudagraph_backend as sg
+from tests.support.regions import compiled
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 SIZES = (64, 5, 33, 17, 64, 2)
 WIDTH = 256
-
-
-def compiled(function):
-    return torch.compile(function, backend="sharedgraph")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def slow(x):

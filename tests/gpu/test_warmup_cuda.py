@@ -1,12 +1,11 @@
-"""The tests of the warm-up once more, on a GPU with the cuda driver, and what only a GPU shows."""
+"""What only a GPU shows of the warm-up."""
+
+from __future__ import annotations
 
 import torch
 from torch import nn
 
 import cudagraph_backend as sg
-from tests.end_to_end.test_warmup import *  # noqa: F403
-
-del test_memory_of_executables_is_in_the_records  # noqa: F821  # of executables of the host driver
 
 
 def test_smaller_sizes_reuse_pool_and_scratch(device):

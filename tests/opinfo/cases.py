@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tests.unit.padding.oracle import Region, traced
+from tests.support.oracle import Region, traced
 
 _DTYPES = (torch.float32, torch.int64, torch.complex64, torch.bool, torch.float64)
 Dims = tuple[tuple[int, int], ...]

@@ -10,7 +10,7 @@ import torch
 from cudagraph_backend.padding.prove import Verdict
 from cudagraph_backend.padding.symbolic import ROWS, Sizes
 from tests.opinfo.cases import NO_SAMPLE, Dims, Sample, trace
-from tests.unit.padding.oracle import Fill, Region, equal_runs, outputs_of, refutation
+from tests.support.oracle import Fill, Region, equal_runs, outputs_of, refutation
 
 FILLS: tuple[Fill, ...] = ("replica", "zero", "poison", "extreme")
 TOLERANCE = 1e-4

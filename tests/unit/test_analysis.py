@@ -12,7 +12,6 @@ import pytest
 import sympy
 import torch
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._library import opaque_object
 from torch._library.fake_class_registry import FakeScriptObject
 from torch._library.opaque_object import register_opaque_type
@@ -26,23 +25,9 @@ from cudagraph_backend.compile.outputs import with_strides
 from cudagraph_backend.graph.source import source_line
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import ArgumentOutput, Region, TensorInput, TensorOutput
+from tests.support.graphs import captured
 
 N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
-Captured = tuple[GraphModule, Sequence[Any]]
-
-
-def captured(model: Callable[..., Any], *args: Any, dynamic: bool | None = True) -> Captured:
-    """The region that AOTAutograd hands over for a call, with its fake example inputs."""
-    seen: list[Captured] = []
-
-    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        seen.append((gm, list(example_inputs)))
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=aot_autograd(fw_compiler=keep), dynamic=dynamic, fullgraph=True)(*args)
-    return seen[0]
 
 
 def region_of(model: Callable[..., Any], *args: Any, static: Sequence[int] = (), **options: Any) -> Region:

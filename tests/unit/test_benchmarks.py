@@ -144,6 +144,7 @@ def test_a_topic_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[s
     assert "'nonsense' is no topic" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_topic_on_the_host_driver():
     found = host_cost.run(host_cost.JOBS[0], topics.Settings(CPU, quick=True))
     assert {row.way for row in found} >= {"eager", "inductor", "hand-written", "sharedgraph", "raw replay"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from cudagraph_backend.errors import OptionError
 from cudagraph_backend.fill import InputName, fill_for, key_of
 from cudagraph_backend.options import Options
 from cudagraph_backend.padding.prove import prove
-from tests.unit.padding.oracle import dynamic, refute, region
-from tests.unit.padding.test_random_programs import seen, trace
-from tests.unit.test_analysis import captured
+from tests.support.graphs import captured
+from tests.support.oracle import dynamic, refute, region
+from tests.support.random_programs import trace
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -185,6 +186,7 @@ ROW_BY_ROW = ["affine", "relu", "sign", "add", "mul", "where", "linear", "any"]
 ROWS_MEET = ["sum", "amax", "max and place", "amin of all", "inner", "any", "look up", "write table", "add to table"]
 FILLS = ["replica", "zero", "poison"]
 numbers = st.integers(0, 7)
+seen: Counter[str] = Counter()
 first_steps = st.lists(st.tuples(st.sampled_from(ROW_BY_ROW), st.just(0), numbers, st.just(0), st.just(0)), max_size=3)
 
 
@@ -202,6 +204,7 @@ def check_random_program(chosen: Any, last: str, other: int, choice: list[str]):
         assert refute(found, verdict, fills, tolerance=1e-9) is None, found.module.print_readable(print_output=False)
 
 
+@pytest.mark.slow
 def test_no_verdict_on_inputs_that_are_filled_differently_is_refuted():
     """In place of a number, of which a proof knows nothing, padded rows hold what does the most harm."""
     seen.clear()

@@ -34,7 +34,7 @@ from cudagraph_backend.torch_internals import (
     take_graph_override,
     with_allocator,
 )
-from tests.unit.test_analysis import captured
+from tests.support.graphs import captured
 
 # ------------------------------------------------------------------------------------------------ addresses
 

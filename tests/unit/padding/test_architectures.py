@@ -47,6 +47,7 @@ def quiet_and_quick():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for names in CHECKED.values() for name in names])
 def test_verdict(name):
     architecture = BY_NAME[name]

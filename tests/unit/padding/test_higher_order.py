@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, RefusePadding, padding_rule
 from cudagraph_backend.padding.call import RULES
-from tests.unit.padding.oracle import Region, dynamic, refute, region, regions
+from tests.support.oracle import Region, dynamic, refute, region, regions
 
 SEQUENCE = 128
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.unit.padding.oracle import BUCKETS, dynamic, refutation, refute, region, regions, traced
+from tests.support.oracle import BUCKETS, dynamic, refutation, refute, region, regions, traced
 
 CHOSEN = torch.tensor([2, 0, 3, 1])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.padding.oracle import Region, dynamic, refute, region
+from tests.support.oracle import Region, dynamic, refute, region
 
 transformers = pytest.importorskip("transformers")
 

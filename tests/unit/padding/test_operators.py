@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.unit.padding.oracle import dynamic, refute, traced
+from tests.support.oracle import dynamic, refute, traced
 
 aten, prims = torch.ops.aten, torch.ops.prims
 FIXED = torch.tensor([1, 0, 1])

@@ -42,10 +42,12 @@ def outcomes() -> list[Outcome]:
     return [outcome for name in CHOSEN for outcome in judge_operator(OPS[name], samples=2)]
 
 
+@pytest.mark.slow
 def test_no_safe_verdict_is_refuted(outcomes):
     assert [(outcome.op, outcome.dims, outcome.wrong) for outcome in outcomes if outcome.wrong] == []
 
 
+@pytest.mark.slow
 def test_both_verdicts_are_taken_and_most_safe_cases_are_proven(outcomes):
     safe = [outcome for outcome in outcomes if outcome.truly_safe and outcome.has_rows]
     proven = [outcome for outcome in safe if outcome.safe]
@@ -83,6 +85,7 @@ def _hang(*args, **kwargs):
     time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", [_crash, _hang])
 def test_sweep_outlives_operators_that_crash_or_hang(fail):
     broken = copy.copy(OPS["neg"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.padding.oracle import dynamic, refute, region
+from tests.support.oracle import dynamic, refute, region
 
 REFUSED = ("transforms over the padded rows", "the padded size reaches values through argument 'last_dim_size'")
 TRANSFORMS = {

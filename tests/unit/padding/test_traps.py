@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.padding.oracle import dynamic, refute, region, traced
+from tests.support.oracle import dynamic, refute, region, traced
 
 Function = Callable[..., Any]
 TABLE = torch.arange(24.0).reshape(6, 4)

@@ -13,7 +13,7 @@ import cudagraph_backend as sg
 from cudagraph_backend.padding import UNCHANGED, Call, Fact, PaddingRuleError, RefusePadding, meet, padding_rule
 from cudagraph_backend.padding.call import RULES
 from cudagraph_backend.padding.prove import prove
-from tests.unit.padding.oracle import Region, dynamic, refute, region
+from tests.support.oracle import Region, dynamic, refute, region
 
 DEFINED = {
     "twice": ("twice(Tensor x) -> Tensor", lambda x: x * 2),

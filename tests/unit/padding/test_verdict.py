@@ -10,7 +10,7 @@ from torch.fx import Graph
 from cudagraph_backend.padding import Call, Fact, call
 from cudagraph_backend.padding.call import rule
 from cudagraph_backend.padding.prove import prove
-from tests.unit.padding.oracle import Region, dynamic, refutation, refute, region, regions
+from tests.support.oracle import Region, dynamic, refutation, refute, region, regions
 
 CONSTANT = torch.arange(12.0).reshape(3, 4)
 

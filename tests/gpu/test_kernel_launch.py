@@ -13,7 +13,7 @@ from cudagraph_backend.drivers.staging_kernel.jobs import MAX_DIMS
 from cudagraph_backend.drivers.staging_kernel.kernel import cached_launch, normal_launch
 from cudagraph_backend.drivers.staging_kernel.launches import KernelStaging, Launches
 from cudagraph_backend.memory.copies import StagedCopy, stage, staged_copy
-from tests.unit.test_stage_kernel import DTYPES, Input, ways
+from tests.support.staging_inputs import DTYPES, Input, ways
 
 LAUNCHERS = {"cached": cached_launch, "normal": normal_launch}
 

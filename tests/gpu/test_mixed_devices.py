@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import cudagraph_backend as sg
-from tests.end_to_end.test_parts import check, kinds
+from tests.support.regions import check, kinds
 
 
 def test_an_operator_on_the_cpu(device):

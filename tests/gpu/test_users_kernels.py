@@ -1,4 +1,4 @@
-"""Operators that run others, on a GPU, where stale values show; and users' kernels, which run nowhere else."""
+"""Kernels of the users', which run nowhere but on a GPU, and a collective of a process group of its own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ import triton.language as tl
 from torch import distributed
 
 import cudagraph_backend as sg
-from tests.end_to_end.test_higher_order import *  # noqa: F403
-from tests.end_to_end.test_higher_order import Kept, wave
-from tests.end_to_end.test_parts import SIZES, check, kinds, two
-
-del test_operators_with_effects_run_once_per_call_and_in_order_on_the_host  # noqa: F821  # a replay calls no Python
+from tests.support.operators import wave
+from tests.support.regions import SIZES, Kept, check, kinds, two
 
 
 @triton.jit
