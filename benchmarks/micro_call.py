@@ -153,7 +153,7 @@ def measure(inputs: int, parameters: int, rounds: int, device: torch.device) -> 
     calls = whole_calls(module, batch)
     for name, call in calls.items():
         for _ in range(4):
-            torch.testing.assert_close(call(), expected, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(call(), expected, rtol=1e-3, atol=1e-3, msg=f"{name}: {{}}".format)
     replayer, args = caught_call(calls["sharedgraph"])
     return measured({**calls, **steps(replayer, args)}, rounds, device)
 

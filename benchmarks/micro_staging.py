@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def staging_ways(count: int, n: int, bucket: int, device: torch.device) -> dict[
 
 def bare_launch(launches: Launches, staging: KernelStaging, args: list[torch.Tensor]) -> Call:
     """The launch without what finds its arguments."""
+    assert staging._parts is not None
     (part,) = staging._parts
     sources = [arg.data_ptr() for arg in args] + [0] * (MAX_SOURCES - len(args))
-    launch, table = launches._by_dims[part._aligned.dims], part._aligned
+    table = part._aligned
+    assert table is not None
+    launch = launches._by_dims[table.dims]
     stream = torch.cuda.current_stream().cuda_stream
     return lambda: launch(table.programs, stream, table.address, sources)
 
@@ -93,8 +97,8 @@ def gpu_seconds(call: Call) -> float:
 
 def measured(ways: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Medians in µs."""
-    host = interleaved({k: lambda c=c: enqueue_seconds(c, CALLS, device) for k, c in ways.items()}, rounds)
-    gpu = interleaved({k: lambda c=c: gpu_seconds(c) for k, c in ways.items()}, rounds)
+    host = interleaved({k: partial(enqueue_seconds, c, CALLS, device) for k, c in ways.items()}, rounds)
+    gpu = interleaved({k: partial(gpu_seconds, c) for k, c in ways.items()}, rounds)
     return {
         k: {"host_us": spread(host[k], 1e6).median, "host_p80_us": spread(host[k], 1e6).p80}
         | {"gpu_us": spread(gpu[k], 1e6).median}

@@ -83,10 +83,17 @@ def _bars(axis: Any, results: Sequence[Row]) -> None:
     for index, way in enumerate(ways):
         chosen = [row for row in results if row.way == way]
         places = [cases.index(row.case) + (index + 0.5) * width - 0.4 for row in chosen]
-        below = [row.median - row.p20 if row.p20 is not None else 0 for row in chosen]
-        above = [row.p80 - row.median if row.p80 is not None else 0 for row in chosen]
-        heights = [row.median for row in chosen]
-        axis.bar(places, heights, width, yerr=(below, above), label=way, color=COLOURS.get(way), capsize=2)
+        below = [_distance(row.p20, row.median) for row in chosen]
+        above = [_distance(row.median, row.p80) for row in chosen]
+        axis.bar(
+            places,
+            [row.median for row in chosen],
+            width,
+            yerr=(below, above),
+            label=way,
+            color=COLOURS.get(way),
+            capsize=2,
+        )
     axis.set_title(results[0].metric, fontsize=9)
     axis.set_xticks(range(len(cases)), cases, rotation=60 if len(cases) > 3 else 0, fontsize=7)
     axis.set_ylabel(_label(results[0]))
@@ -94,6 +101,10 @@ def _bars(axis: Any, results: Sequence[Row]) -> None:
     if heights and max(heights) > 30 * min(heights):
         axis.set_yscale("log")
     axis.grid(axis="y", alpha=0.3)
+
+
+def _distance(first: float | None, second: float | None) -> float:
+    return 0 if first is None or second is None else second - first
 
 
 def _label(row: Row) -> str:

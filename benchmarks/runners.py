@@ -94,6 +94,7 @@ class HandWritten:
                 buffer[rows:size].fill_(filling)
         replay = self._graphs.get(size) or self.capture(size)
         replay()
+        assert self._output is not None
         return self._output[:rows]
 
     def capture(self, size: int) -> Callable[[], None]:

@@ -6,6 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,11 @@ class Lane:
     memory: int | None = None
     failure: str = ""
 
+    def running(self) -> Served:
+        """What answers requests. A way that has failed is not asked."""
+        assert self.served is not None
+        return self.served
+
 
 def run_stream(stream: Stream, ways: Sequence[Way], settings: Settings) -> list[Row]:
     """Rows for each way; one that can't run here, or fails, gets a row that says so."""
@@ -87,7 +94,7 @@ def _rows_of_ways(stream: Stream, ways: Sequence[Way], device: torch.device) -> 
         for _ in range(stream.timed_passes):
             _timed_pass(stream, lanes, device)
         for lane in lanes:
-            _attempt(lane, lambda lane=lane: _pass(stream, lane, references, device))
+            _attempt(lane, partial(_pass, stream, lane, references, device))
     absent = [way for way in ways if not runners.runs_on(way, device)]
     told = [rows.left_out(stream.topic, stream.case, way.name, "needs CUDA") for way in absent]
     return [row for lane in lanes for row in _rows(stream, lane)] + told
@@ -111,10 +118,10 @@ def _first_passes(stream: Stream, way: Way, references: Sequence[Tensor | None],
     def passes() -> None:
         with runners.own_cache():
             start = time.perf_counter()
-            lane.served = stream.prepare(way)
-            stream.begin(lane.served)
+            lane.served = served = stream.prepare(way)
+            stream.begin(served)
             for batch in stream.extremes():
-                lane.served(*batch)
+                served(*batch)
             timing.wait(device)
             lane.compiling_s = time.perf_counter() - start
             gc.collect()
@@ -141,12 +148,13 @@ def _attempt(lane: Lane, action: Callable[[], object]) -> None:
 
 def _pass(stream: Stream, lane: Lane, references: Sequence[Tensor | None], device: torch.device) -> list[float]:
     """Serve the stream, compare results, and return the seconds of each call."""
-    stream.begin(lane.served)
+    served = lane.running()
+    stream.begin(served)
     seconds = []
     for batch, expected in zip(stream.requests, references, strict=True):
         timing.wait(device)
         start = time.perf_counter()
-        result = lane.served(*batch)
+        result = served(*batch)
         timing.wait(device)
         seconds.append(time.perf_counter() - start)
         if expected is not None:
@@ -157,15 +165,20 @@ def _pass(stream: Stream, lane: Lane, references: Sequence[Tensor | None], devic
 
 def _timed_pass(stream: Stream, lanes: Sequence[Lane], device: torch.device) -> None:
     for lane in lanes:
-        _attempt(lane, lambda lane=lane: stream.begin(lane.served))
+        _attempt(lane, partial(_begin, stream, lane))
     for start in range(0, len(stream.requests), BLOCK):
         block = stream.requests[start : start + BLOCK]
         for lane in lanes:
-            _attempt(lane, lambda lane=lane, block=block: _timed_block(stream, lane, block, device))
+            _attempt(lane, partial(_timed_block, stream, lane, block, device))
+
+
+def _begin(stream: Stream, lane: Lane) -> None:
+    stream.begin(lane.running())
 
 
 def _timed_block(stream: Stream, lane: Lane, block: Sequence[Batch], device: torch.device) -> None:
-    seconds = [timing.wall_seconds(lambda batch=batch: lane.served(*batch), device) for batch in block]
+    served = lane.running()
+    seconds = [timing.wall_seconds(partial(served, *batch), device) for batch in block]
     lane.timed_s += [each / stream.scale for each in seconds]
     lane.rates.append(stream.scale * sum(batch[0].shape[0] for batch in block) / sum(seconds))
 
@@ -173,7 +186,7 @@ def _timed_block(stream: Stream, lane: Lane, block: Sequence[Batch], device: tor
 def _rows(stream: Stream, lane: Lane) -> list[Row]:
     if lane.failure:
         return [rows.left_out(stream.topic, stream.case, lane.way.name, lane.failure)]
-    about = {
+    about: dict[str, Any] = {
         "error": lane.error,
         "tolerance": stream.tolerance,
         "note": lane.way.note,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from benchmarks import plots, rows, topics
 from benchmarks.rows import Environment, Row
@@ -105,7 +106,7 @@ class Suite:
 
 @contextlib.contextmanager
 def process_group(
-    command: Sequence[str], environment: dict[str, str], log: object
+    command: Sequence[str], environment: dict[str, str], log: IO[Any] | int
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own, so that its compile workers end with it."""
     process = subprocess.Popen(

@@ -59,7 +59,9 @@ def cell(row: Row) -> str:
     if row.median is None:
         return ""
     unit = f" {row.unit}" if row.unit else ""
-    within = f" ({number(row.p20)} to {number(row.p80)})" if row.samples > 1 else ""
+    within = ""
+    if row.samples > 1 and row.p20 is not None and row.p80 is not None:
+        within = f" ({number(row.p20)} to {number(row.p80)})"
     return f"{number(row.median)}{unit}{within}"
 
 

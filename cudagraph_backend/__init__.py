@@ -23,6 +23,7 @@ import torch
 
 from cudagraph_backend.backend import sharedgraph
 from cudagraph_backend.errors import (
+    AddressError,
     CaptureError,
     OptionError,
     PaddingRuleError,
@@ -38,6 +39,7 @@ from cudagraph_backend.report import AliasInfo, Stats, alias_info_of, explanatio
 from cudagraph_backend.warmup import WarmedSize, warmup
 
 __all__ = [
+    "AddressError",
     "AliasInfo",
     "CaptureError",
     "OptionError",

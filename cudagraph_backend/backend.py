@@ -16,6 +16,8 @@ import torch
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.compile.region_compile import RegionCompile
+from cudagraph_backend.debug import ENVIRONMENT as DEBUG_ENVIRONMENT
+from cudagraph_backend.debug import Debug, debug_of
 from cudagraph_backend.drivers.platforms import forks
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
@@ -57,15 +59,17 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one Dynamo graph.
 
-        The environment variable ``SHAREDGRAPH_OPTIONS`` is read here, at each compilation.
+        The environment variables ``SHAREDGRAPH_OPTIONS`` and ``SHAREDGRAPH_DEBUG`` are read here, at each compilation.
 
         Raises:
             OptionError: a bad option or ``mode``.
             RefusalError: with ``strict``, if a region can't be captured or one of its dims can't be padded.
         """
         parsed = options_of(options, mode, self._configured, os.environ.get(ENVIRONMENT))
+        debug = debug_of(os.environ.get(DEBUG_ENVIRONMENT))
         names = tuple(InputName.of(source) for source in torch_internals.input_sources(gm))
-        frame = _FrameCompile(self, parsed, names, _kinds_without_graphs(*torch_internals.take_graph_override(gm)))
+        without_graphs = _kinds_without_graphs(*torch_internals.take_graph_override(gm))
+        frame = _FrameCompile(self, parsed, debug, names, without_graphs)
         return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(parsed.inductor))
 
     def configure(self, **options: Any) -> dict[str, Any]:
@@ -151,6 +155,7 @@ class _FrameCompile:
 
     backend: Backend
     options: Options
+    debug: Debug
     names: tuple[InputName, ...]
     without_graphs: frozenset[Kind]
     _static_names: frozenset[str] = frozenset()
@@ -166,6 +171,7 @@ class _FrameCompile:
             static=self._static_inputs(gm.graph, kind, kwargs.get("static_input_idxs") or ()),
             names=self.names,
             options=self.options,
+            debug=self.debug,
             inductor=kwargs,
             replayer=self._replayer,
             composition=Composition,
@@ -174,7 +180,16 @@ class _FrameCompile:
 
     def _replayer(self, region: Region, compiled: Compiled, cut_out: CutOut | None = None) -> Replayer:
         backend = self.backend
-        return Replayer(region, compiled, self.options, backend.register, backend.device, backend.rehearsing, cut_out)
+        return Replayer(
+            region,
+            compiled,
+            self.options,
+            self.debug,
+            backend.register,
+            backend.device,
+            backend.rehearsing,
+            cut_out,
+        )
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
         """Indices of the inputs whose address never changes.

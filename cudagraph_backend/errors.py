@@ -27,6 +27,10 @@ class RefusalError(SharedGraphError, RuntimeError):
     """With ``strict=True``: what would have been a counted refusal is raised instead."""
 
 
+class AddressError(SharedGraphError, RuntimeError):
+    """With ``SHAREDGRAPH_DEBUG=addresses``: a graph would read other memory than an argument of the call."""
+
+
 class CaptureError(SharedGraphError, RuntimeError):
     """A capture failed and was cleanly aborted."""
 

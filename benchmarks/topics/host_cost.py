@@ -76,7 +76,9 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         errors = {name: checked(call, batch[0], expected[len(batch[0])]) for name, call in served.items()}
         calls = {name: caller(call, batch[0]) for name, call in served.items()}
         if batch is full:
-            calls[RAW] = served[runners.HANDWRITTEN.name].raw(BUCKET)
+            handwritten = served[runners.HANDWRITTEN.name]
+            assert isinstance(handwritten, runners.HandWritten)
+            calls[RAW] = handwritten.raw(BUCKET)
         results += timed(case, title, calls, errors, settings)
     return results
 

@@ -38,10 +38,15 @@ def run(job: str, settings: Settings) -> list[Row]:
         prepare=lambda way: TrainingStep(module, way, batch(largest)),
         tolerance=1e-3,
         settings={"layers": layers, "width": width, "optimizer": "SGD", "dtype": "float32", "batch": f"2 to {largest}"},
-        begin=lambda step: step.start_anew(),
+        begin=_start_anew,
         grad=True,
     )
     return streams.run_stream(stream, WAYS, settings)
+
+
+def _start_anew(step: Served) -> None:
+    assert isinstance(step, TrainingStep)
+    step.start_anew()
 
 
 def classifier(width: int, layers: int) -> nn.Module:

@@ -17,9 +17,11 @@ from cudagraph_backend import torch_internals
 from cudagraph_backend.compile.analysis import analyse, complete, shapes_of, unknown_region, unsafe_ops
 from cudagraph_backend.compile.capturable import main_device
 from cudagraph_backend.compile.cut import Part, Split, split
+from cudagraph_backend.compile.graph_log import log_split, logged_change
 from cudagraph_backend.compile.inputs import size_inputs
 from cudagraph_backend.compile.levels import CannotSplit
 from cudagraph_backend.compile.scalars import move_scalars, moving
+from cudagraph_backend.debug import Debug
 from cudagraph_backend.drivers.platforms import driver_refusal
 from cudagraph_backend.errors import OptionError, Refusal, RefusalError, SharedGraphError
 from cudagraph_backend.fill import InputName
@@ -41,6 +43,7 @@ class RegionCompile:
         number: the region's.
         static: the indices of inputs whose address never changes.
         names: what the user's call names the inputs of the Dynamo graph, in their order.
+        debug: whether what passes change in the graph is logged.
         inductor: the keyword arguments of Inductor's compile function.
         replayer: makes the call of a region, from what is known of it and Inductor's code.
         composition: makes the call of a region that runs in parts, from how values go between them and their calls.
@@ -52,6 +55,7 @@ class RegionCompile:
     static: Collection[int]
     names: Sequence[InputName]
     options: Options
+    debug: Debug
     inductor: Mapping[str, Any]
     replayer: Callable[[Region, Compiled, CutOut | None], Compiled]
     composition: Callable[[Wiring, Sequence[Compiled]], Compiled]
@@ -84,7 +88,8 @@ class RegionCompile:
     def _compile_to_capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         torch_internals.trace_missing_values(gm.graph)
         device = main_device(gm.graph)
-        moved = move_scalars(gm.graph, device) if self._refused_device(device) is None else frozenset()
+        with self._logged("moving scalars", gm):
+            moved = move_scalars(gm.graph, device) if self._refused_device(device) is None else frozenset()
         if not moved:
             return self._compile(gm, example_inputs)
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -119,19 +124,36 @@ class RegionCompile:
         self, gm: GraphModule, example_inputs: Sequence[Any], static: Collection[int], refusal: Refusal | None = None
     ) -> Region:
         driver = functools.partial(driver_refusal, self.options.driver)
-        refusal = self.refusal or refusal
-        return analyse(gm, example_inputs, self.kind, static, self.options, self.number, self.names, driver, refusal)
+        args = (self.kind, static, self.options, self.number, self.names, driver, self.refusal or refusal)
+        with self._logged("padding masks", gm):
+            return analyse(gm, example_inputs, *args)
+
+    def _logged(self, what: str, gm: GraphModule) -> contextlib.AbstractContextManager[None]:
+        """Log what is changed in the graph meanwhile, if that is wanted."""
+        return logged_change(f"{what}, {self._name}", gm) if self.debug.graphs else contextlib.nullcontext()
+
+    @property
+    def _name(self) -> str:
+        return f"region {self.number} ({self.kind})"
 
     # ---- parts
 
+    def split(self, gm: GraphModule, example_inputs: Sequence[Any], failed: Mapping[str, str]) -> Split | None:
+        """Split a region around what can't be captured, or has ``failed`` to be."""
+        cut = split(gm, example_inputs, main_device(gm.graph), unsafe_ops(self.options), failed)
+        if cut is not None and self.debug.graphs:
+            titles = [f"part {number}: {part.refusal or 'captured'}" for number, part in enumerate(cut.parts, start=1)]
+            parts = [(title, part.module) for title, part in zip(titles, cut.parts, strict=True)]
+            log_split(f"splitting, {self._name}", gm, parts)
+        return cut
+
     def _in_parts(self, gm: GraphModule, example_inputs: Sequence[Any], region: Region, cuts: _Cuts) -> Compiled | None:
         """The call, in parts, of a region that can't be captured as a whole; ``None`` where that isn't possible."""
-        device = main_device(gm.graph)
-        if self._refused_device(device):
+        if self._refused_device(main_device(gm.graph)):
             return None
         try:
             torch_internals.retrace_strides(gm, example_inputs)
-            cut = split(gm, example_inputs, device, unsafe_ops(self.options))
+            cut = self.split(gm, example_inputs, {})
             return None if cut is None else self.compile_parts(cut, cuts)
         except OptionError:
             raise
@@ -245,8 +267,7 @@ class _Cuts:
         sizes = size_inputs(self._examples)
         shapes = shapes_of(sizes, self._examples)  # first, as a guard may replace one size by another
         torch_internals.retrace_strides(self._module, self._examples)
-        device, unsafe = main_device(self._module.graph), unsafe_ops(self._compile.options)
-        cut = split(self._module, self._examples, device, unsafe, self._failed)
+        cut = self._compile.split(self._module, self._examples, self._failed)
         if cut is None:
             return None
         call = self._compile.compile_parts(cut, self)

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from cudagraph_backend.debug import Debug
 from cudagraph_backend.errors import Refusal, RefusalError
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import CutOut, Region
 from cudagraph_backend.runtime.bucket_run import run_padded
+from cudagraph_backend.runtime.checked_state import CheckedRegionState
 from cudagraph_backend.runtime.devices import Device
 from cudagraph_backend.runtime.first_call import FirstCalls
 from cudagraph_backend.runtime.region_state import Counters, RegionState
@@ -44,6 +46,7 @@ class Replayer:
         region: Region,
         compiled: Compiled,
         options: Options,
+        debug: Debug,
         register: Callable[[Replayer], None],
         device: Callable[[torch.device], Device],
         rehearsal: Rehearsal,
@@ -51,6 +54,7 @@ class Replayer:
     ):
         self.region = region
         self.options = options
+        self._debug = debug
         self._cut_out = cut_out if region.refusal is None else None
         self._compiled = compiled
         self._register = register
@@ -120,7 +124,10 @@ class Replayer:
         self._make_known()
         device = self._find_device(self.region.device)
         with device.lock:
-            state = self.state or RegionState(self.region, self.options, device, self._compiled, self.counters)
+            if self._debug.poison:
+                device.driver.poison = True
+            kind = CheckedRegionState if self._debug.addresses else RegionState  # here, as no call is to pay for it
+            state = self.state or kind(self.region, self.options, device, self._compiled, self.counters)
             self.state = state
             return state
 

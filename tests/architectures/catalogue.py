@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -15,7 +15,9 @@ from tests.architectures import cnns
 
 LENGTH = 6
 VOCABULARY = 100
-COMMON = {
+Settings: TypeAlias = dict[str, Any]
+
+COMMON: Settings = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -25,9 +27,9 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPED = {**COMMON, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
-TEXT = {**COMMON, "max_position_embeddings": 32}
-IMAGE = {**COMMON, "image_size": 32, "patch_size": 8, "num_channels": 3}
+GROUPED: Settings = {**COMMON, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
+TEXT: Settings = {**COMMON, "max_position_embeddings": 32}
+IMAGE: Settings = {**COMMON, "image_size": 32, "patch_size": 8, "num_channels": 3}
 
 Batch = dict[str, Any]
 
@@ -168,11 +170,12 @@ def _decoder(family: str, **settings: Any) -> Architecture:
 def _cached_decoders() -> Iterator[Architecture]:
     for family, settings in {"Llama": GROUPED, "GPT2": TEXT}.items():
         model = _decoder(family, **settings).build
-        for name, batch in {
+        batches: dict[str, Callable[[nn.Module, int], Batch]] = {
             "prefill, cache returned": _prefill,
             "one step, DynamicCache": partial(_decode, static=False),
             "one step, StaticCache": partial(_decode, static=True),
-        }.items():
+        }
+        for name, batch in batches.items():
             yield Architecture(f"{family} ({name})", "decoder with cache", model, batch)
 
 
@@ -181,7 +184,7 @@ def _encoders() -> Iterator[Architecture]:
         Albert Bert Camembert ConvBert Deberta DebertaV2 DistilBert Electra Ernie Esm FNet MPNet ModernBert
         MobileBert RoFormer Roberta SqueezeBert XLMRoberta
     """
-    narrow = {"embedding_size": TEXT["hidden_size"]}
+    narrow: Settings = {"embedding_size": TEXT["hidden_size"]}
     for family in families.split():
         extra = narrow if family in ("Albert", "Electra", "RoFormer", "SqueezeBert") else {}
         model = partial(_hugging_face, f"{family}Model", **TEXT, **extra)
@@ -220,17 +223,24 @@ def _vision() -> Iterator[Architecture]:
         model = partial(_hugging_face, f"{family}Model", **IMAGE)
         refused = "draws random numbers" if family == "ViTMAE" else None
         yield Architecture(family, "vision", model, _image, refused)
-    yolos = {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 4}
+    yolos: Settings = {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 4}
     yield Architecture("YOLOS", "vision", partial(_hugging_face, "YolosModel", **yolos), _image)
-    swin = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+    swin: Settings = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 2,
+    }
     yield Architecture("Swin", "vision", partial(_hugging_face, "SwinModel", **swin), _image)
     yield Architecture("Swinv2", "vision", partial(_hugging_face, "Swinv2Model", **swin), _image)
-    stages = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
+    stages: Settings = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
     yield Architecture("ConvNeXt", "vision", partial(_hugging_face, "ConvNextModel", **stages), _image)
     yield Architecture("ConvNeXtV2", "vision", partial(_hugging_face, "ConvNextV2Model", **stages), _image)
     yield Architecture("ResNet", "vision", partial(_hugging_face, "ResNetModel", **stages, layer_type="basic"), _image)
     yield Architecture("RegNet", "vision", partial(_hugging_face, "RegNetModel", **stages, groups_width=8), _image)
-    segformer = {
+    segformer: Settings = {
         "num_encoder_blocks": 2,
         "depths": [1, 1],
         "sr_ratios": [2, 1],
@@ -246,9 +256,9 @@ def _vision() -> Iterator[Architecture]:
 
 
 def _multimodal() -> Iterator[Architecture]:
-    text = {**TEXT, "projection_dim": 16}
+    text: Settings = {**TEXT, "projection_dim": 16}
     image = {**IMAGE, "projection_dim": 16}
-    both = {"text_config": text, "vision_config": image, "projection_dim": 16}
+    both: Settings = {"text_config": text, "vision_config": image, "projection_dim": 16}
     for family in ("CLIP", "Siglip"):
         yield Architecture(
             f"{family} (images)",
@@ -271,7 +281,7 @@ def _multimodal() -> Iterator[Architecture]:
 
 
 def _audio() -> Iterator[Architecture]:
-    whisper = {
+    whisper: Settings = {
         **COMMON,
         "num_mel_bins": 8,
         "max_source_positions": 10,
@@ -287,7 +297,7 @@ def _audio() -> Iterator[Architecture]:
     yield Architecture(
         "Whisper", "audio", partial(_hugging_face, "WhisperForConditionalGeneration", **whisper), _speech
     )
-    wave = {
+    wave: Settings = {
         **COMMON,
         "conv_dim": (8, 8),
         "conv_stride": (5, 2),
@@ -298,15 +308,22 @@ def _audio() -> Iterator[Architecture]:
     }
     for family in ("Wav2Vec2", "Hubert"):
         yield Architecture(family, "audio", partial(_hugging_face, f"{family}Model", **wave), _sound)
-    ast = {**COMMON, "patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 32, "num_mel_bins": 16}
+    ast: Settings = {
+        **COMMON,
+        "patch_size": 8,
+        "frequency_stride": 8,
+        "time_stride": 8,
+        "max_length": 32,
+        "num_mel_bins": 16,
+    }
     yield Architecture("AST", "audio", partial(_hugging_face, "ASTModel", "ASTConfig", **ast), _spectrogram)
 
 
 def _state_space() -> Iterator[Architecture]:
     for family in ("FalconMamba", "Mamba"):
-        mamba = {**COMMON, "state_size": 4, "time_step_rank": 2}
+        mamba: Settings = {**COMMON, "state_size": 4, "time_step_rank": 2}
         yield Architecture(family, "state space", partial(_hugging_face, f"{family}ForCausalLM", **mamba), _prompt)
-    mamba2 = {**COMMON, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
+    mamba2: Settings = {**COMMON, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
     yield Architecture("Mamba2", "state space", partial(_hugging_face, "Mamba2ForCausalLM", **mamba2), _prompt)
     yield Architecture(
         "RecurrentGemma",
@@ -326,7 +343,7 @@ def _state_space() -> Iterator[Architecture]:
 
 def _mixtures() -> Iterator[Architecture]:
     """By default tokens are sorted by expert; alternatives are to gather each token's weights, or to loop."""
-    settings = {
+    settings: Settings = {
         **GROUPED,
         "num_local_experts": 4,
         "num_experts": 4,

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from cudagraph_backend.torch_internals import expr
 from tests.support.oracle import Region, traced
 
 _DTYPES = (torch.float32, torch.int64, torch.complex64, torch.bool, torch.float64)
@@ -111,7 +112,7 @@ def _unified(sample: Sample) -> list[Dims]:
         sample.function(*fakes)
     groups: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     for place in _places(sample.tensors):
-        size = shape_env.replace(fakes[place[0]].shape[place[1]].node.expr)
+        size = shape_env.replace(expr(fakes[place[0]].shape[place[1]]))
         groups[size if size.is_Symbol else place].append(place)
     return [tuple(group) for group in groups.values()]
 
@@ -138,7 +139,7 @@ def trace(sample: Sample, dims: Dims) -> Region:
     """The sample's graph, functional and decomposed as for Inductor, with ``dims`` dynamic and all others fixed."""
     args = [_copy(tensor) for tensor in sample.tensors]
     for arg, dim in dims:
-        marked = getattr(args[arg], "_dynamo_dynamic_indices", set())
+        marked: set[int] = getattr(args[arg], "_dynamo_dynamic_indices", set())
         args[arg]._dynamo_dynamic_indices = marked | {dim}  # type: ignore[attr-defined]
     with _quiet():
         return traced(_functional(sample.function), *args)

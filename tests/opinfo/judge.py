@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,7 +79,7 @@ class Outcome:
     @property
     def wrong(self) -> str | None:
         """How execution refutes a verdict "safe"; None if it doesn't."""
-        promised = set()
+        promised: set[Fill] = set()
         if self.safe:
             promised |= {"replica"} if self.needs_replica else set(FILLS)
         if self.zero_safe:
@@ -90,7 +91,7 @@ class Outcome:
         )
 
 
-def judge(op: str, sample: Sample, dims: Dims, report=lambda outcome: None) -> Outcome:
+def judge(op: str, sample: Sample, dims: Dims, report: Callable[[Outcome], object] = lambda outcome: None) -> Outcome:
     """The outcome of one case. ``report`` gets it whenever more is known, in case the next step ends the process."""
     outcome = Outcome(op, sample.number, " ".join(f"{arg}.{dim}" for arg, dim in dims))
     report(outcome)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from cudagraph_backend.padding import rules as padding_rules
+from cudagraph_backend.padding.call import RULES
 from tests.opinfo.judge import Outcome
 
 NO_RULE = "no padding rule for this operator"
@@ -43,8 +45,19 @@ def markdown(found: Sequence[Outcome], samples: int) -> str:
     lines += ["## Refused though safe", "", "How many of the safe cases were proven, and why the others were not.", ""]
     lines += _table(("operator", "proven", "refused, and why"), [_row(op, each) for op, each in refused.items()])
     lines += ["", "## Not safe in any case", "", "Rows meet, and no case was judged safe.", "", ", ".join(mixing), ""]
-    lines += ["## Not judged", "", *_unjudged({op: by_op[op] for op in rest if op not in mixing})]
+    lines += ["## Not judged", "", *_unjudged({op: by_op[op] for op in rest if op not in mixing}), "", *rules()]
     return "\n".join(lines) + "\n"
+
+
+def rules() -> list[str]:
+    """The operators with a rule of ours, by the module that has it. Graphs hold these, not the entries of ``op_db``."""
+    ours: dict[str, list[str]] = defaultdict(list)
+    for operator, rule in RULES.items():
+        package, _, module = rule.apply.__module__.rpartition(".")
+        if package == padding_rules.__name__:  # else a user's
+            ours[module].append(operator.replace("::", "."))
+    lines = ["## Operators with a rule", "", "By module; any other operator that is pointwise is judged as such.", ""]
+    return lines + [f"- **{module}**: {', '.join(sorted(operators))}" for module, operators in sorted(ours.items())]
 
 
 def _intro(found: Sequence[Outcome], samples: int) -> list[str]:

@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -79,12 +80,16 @@ def _start(op: OpInfo, start: int, limits: Limits) -> _Worker:
     return _Worker(op, process, ours, time.monotonic())
 
 
+def _tell(pipe: Connection, number: int, so_far: Outcome) -> None:
+    pipe.send((number, so_far, False))
+
+
 def _work(op: OpInfo, start: int, samples: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     try:
         for number, (sample, dims) in enumerate(cases_of(op, samples)):
             if number >= start:
-                outcome = judge(op.formatted_name, sample, dims, lambda so_far, n=number: pipe.send((n, so_far, False)))
+                outcome = judge(op.formatted_name, sample, dims, partial(_tell, pipe, number))
                 pipe.send((number, outcome, True))
     except Exception as error:  # the sweep's own mistake, not the operator's
         pipe.send(RuntimeError(f"{op.formatted_name}: {type(error).__name__}: {error}"))

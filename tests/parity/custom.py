@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-UNSAFE = {"tags": (torch.Tag.cudagraph_unsafe,)}
+UNSAFE: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)}
 
 
 class Metadata:

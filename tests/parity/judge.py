@@ -96,7 +96,12 @@ def prepare() -> None:
 
 def judge(program: Program, device: torch.device, lost: str = "") -> Outcome:
     """Run a program in every way that there is on ``device``; without stock, if that has ``lost`` a process before."""
-    outcome = {"name": program.name, "kind": program.kind, "what": program.what, "expected": program.expected}
+    outcome: dict[str, Any] = {
+        "name": program.name,
+        "kind": program.kind,
+        "what": program.what,
+        "expected": program.expected,
+    }
     if device.type != "cuda" and program.needs_cuda:
         return Outcome(**outcome, left_out=f"needs a GPU: {program.needs_cuda}")
     try:

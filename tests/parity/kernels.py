@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +30,7 @@ tuned_kernel = triton.autotune(
 )(add_kernel)
 
 
-def grid_of(x: torch.Tensor):
+def grid_of(x: torch.Tensor) -> Callable[[dict[str, int]], tuple[int]]:
     return lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)
 
 

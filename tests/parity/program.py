@@ -121,7 +121,9 @@ def calls(
 def gradients(results: Any, leaves: Sequence[torch.Tensor]) -> Iterator[Any]:
     """The gradients of ``leaves`` after the backward of a sum over all results, weighted; they are taken away."""
     differentiable = [out for out in tensors(results) if out.requires_grad]
-    sum(_weighted(out) for out in differentiable).backward()
+    total = sum(_weighted(out) for out in differentiable)
+    assert isinstance(total, torch.Tensor), "nothing to differentiate"
+    total.backward()
     yield [copied(leaf.grad) for leaf in leaves if leaf.requires_grad]
     for leaf in leaves:
         leaf.grad = None

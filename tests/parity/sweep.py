@@ -45,10 +45,10 @@ def sweep(programs: Sequence[Program], device: torch.device, jobs: int, seconds:
         while waiting and len(working) < jobs:
             worker = _start(context, waiting.pop(), device)
             working[worker.pipe] = worker
-        done = {*wait(list(working), timeout=1.0)}
+        done = {pipe for pipe in wait(list(working), timeout=1.0) if isinstance(pipe, Connection)}
         done |= {pipe for pipe, worker in working.items() if time.monotonic() - worker.started > seconds}
         for pipe in done:
-            worker = working.pop(pipe)  # type: ignore[arg-type]
+            worker = working.pop(pipe)
             ended.append(worker.process)
             outcome, lost = _heard(worker, seconds)
             if lost and device.type == "cuda" and not worker.lost:  # by whom? Ours is tried alone

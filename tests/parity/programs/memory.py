@@ -28,6 +28,8 @@ def buffer_is_changed(device):
     """A registered buffer counts."""
 
     class Model(nn.Module):
+        total: torch.Tensor
+
         def __init__(self):
             super().__init__()
             self.register_buffer("total", torch.zeros(4, device=device))
@@ -60,6 +62,8 @@ def parameter_is_masked_through_data(device):
     """``weight.data *= mask`` before each use gives the parameter other memory at each call."""
 
     class Model(nn.Module):
+        mask: torch.Tensor
+
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(fixed(4, 4, device=device))

@@ -257,7 +257,9 @@ def collectives(device):
     """Functional collectives, in a group of one process."""
     import torch.distributed._functional_collectives as functional
 
-    group = dist.group.WORLD.group_name
+    world = dist.group.WORLD
+    assert world is not None
+    group = world.group_name
 
     def function(x, w):
         y = functional.all_reduce((x @ w).relu(), "sum", group)
