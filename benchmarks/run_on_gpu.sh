@@ -20,9 +20,8 @@ parts=" ${PARTS:-tests parity demos suite} "
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$work/gpu.txt"
 
 if [[ $parts == *" tests "* ]]; then
-    # Memory is measured in tests/gpu/test_capture.py, so it has the GPU to itself; the rest may share it.
-    "$python" -m pytest -q -n 0 -m cuda tests/gpu/test_capture.py >"$work/capture.log" 2>&1
-    "$python" -m pytest -q -n 8 -m cuda tests/gpu --deselect tests/gpu/test_capture.py >"$work/end_to_end.log" 2>&1
+    # Tests that measure free memory wait until the others have left the GPU.
+    "$python" -m pytest -q -n 8 -m cuda >"$work/tests.log" 2>&1
 fi
 if [[ $parts == *" parity "* ]]; then
     "$python" -m tests.parity --device cuda --jobs 16 --json "$work/parity.json" ${COMMIT:+--commit "$COMMIT"} \
@@ -43,7 +42,7 @@ fi
 
 {
     if [[ $parts == *" tests "* ]]; then
-        for log in "$work"/capture.log "$work"/end_to_end.log; do
+        for log in "$work"/tests.log; do
             grep -E "^(FAILED|ERROR)" "$log" | cut -c1-180
             tail -n 1 "$log"
         done

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cudagraph_backend.fill import Fill
 from cudagraph_backend.memory.copies import StagedCopy, staged_copy
 from cudagraph_backend.memory.strides import extent
 
@@ -48,7 +49,8 @@ class Input:
         memory = _bytes(rng, shape, dtype).to(device)
         self.memories = [memory, memory.clone()]
         self.buckets = [_within(memory, dtype, shape, 1) for memory in self.memories]
-        self.fill = rng.choice(["replica", "zero", math.nan if dtype.is_floating_point else 1.0])
+        fills: list[Fill] = ["replica", "zero", math.nan if dtype.is_floating_point else 1.0]
+        self.fill = rng.choice(fills)
         self.copies = [staged_copy(index, bucket, self.real, entries, self.fill) for bucket in self.buckets]
 
 
@@ -69,7 +71,8 @@ def _bytes(rng: random.Random, shape: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _within(memory: torch.Tensor, dtype: torch.dtype, shape: Any, offset: int) -> torch.Tensor:
-    return memory.view(dtype).as_strided(*shape, offset)
+    size, stride = shape
+    return memory.view(dtype).as_strided(size, stride, offset)
 
 
 def ways(rng: random.Random, inputs: Sequence[Input]) -> list[tuple[list[StagedCopy], list[StagedCopy]]]:
