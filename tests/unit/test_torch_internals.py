@@ -289,6 +289,15 @@ def test_bounds_are_those_that_the_user_gave():
     assert shapes.upper_bound(symbol) == 40
 
 
+@pytest.mark.parametrize(("bounds", "upper"), [((3, None), None), ((None, 40), 40)])
+def test_one_bound_leaves_the_other_open(bounds: tuple[int | None, int | None], upper: int | None):
+    x = torch.randn(10, 4)
+    torch_internals.mark_dim(x, 0, bounds)
+    _, example_inputs = captured(lambda x: x * 2, x, dynamic=None)
+    symint = next(i for i in example_inputs if isinstance(i, torch.SymInt))
+    assert Shapes([symint]).upper_bound(expr(symint)) == upper
+
+
 def test_guards_are_those_at_the_time_of_freezing():
     x = torch.randn(10, 4)
     torch._dynamo.mark_dynamic(x, 0)
