@@ -103,7 +103,7 @@ def reset() -> None:
 
 
 def output_pool(device: torch.device | str | int) -> OutputPool:
-    """The output pool of a device: ``.tensor`` (uint8) and ``.nbytes``. Made, empty, if there is none yet."""
+    """Return the output pool of a device: ``.tensor`` (uint8) and ``.nbytes``. Made, empty, if there is none yet."""
     return sharedgraph.device(torch.empty(0, device=device).device).pool  # its index, where none is given
 
 

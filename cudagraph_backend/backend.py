@@ -82,7 +82,7 @@ class Backend:
         self._configured = {}
 
     def regions(self) -> list[Replayer]:
-        """The regions that were compiled or called since the last reset, in the order of compilation."""
+        """Return the regions that were compiled or called since the last reset, in the order of compilation."""
         return sorted(self._replayers, key=lambda replayer: (replayer.region.number, replayer.region.part or ()))
 
     def register(self, replayer: Replayer) -> None:
@@ -106,7 +106,7 @@ class Backend:
         return self._devices.alive()
 
     def device(self, device: torch.device) -> Device:
-        """The device's driver and pool, made at the first use."""
+        """Return the device's driver and pool, made at the first use."""
         self._watch_forks()
         return self._devices.at(device)
 
@@ -192,7 +192,7 @@ class _FrameCompile:
         )
 
     def _static_inputs(self, graph: torch.fx.Graph, kind: Kind, indices: Sequence[int]) -> frozenset[int]:
-        """Indices of the inputs whose address never changes.
+        """Return the indices of the inputs whose address never changes.
 
         For a backward, AOTAutograd reports everything saved by the forward; only the forward's own static inputs
         among it (known by name) are certain to stay where they are.
@@ -212,7 +212,7 @@ def _begin_in_child(backend: weakref.ref[Backend]) -> None:
 
 
 def _kinds_without_graphs(fwd: bool | None, bwd: bool | None) -> frozenset[Kind]:
-    """The kinds of regions that the user's ``override_cudagraphs`` turns graphs off for.
+    """Return the kinds of regions that the user's ``override_cudagraphs`` turns graphs off for.
 
     As stock does, a backward follows its forward where nothing is said of it.
     """

@@ -130,7 +130,7 @@ def _marked_copy(tensor: torch.Tensor, dims: Mapping[int, Bounds], lengths: Mapp
 
 
 def with_lengths(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    """A copy whose dims have these lengths: entries are repeated or cut. The order of dims in memory stays."""
+    """Return a copy whose dims have these lengths: entries are repeated or cut. The order of dims in memory stays."""
     rows = tensor
     for dim, length in lengths.items():
         rows = rows.index_select(dim, torch.arange(length, device=tensor.device) % tensor.size(dim))
@@ -161,7 +161,7 @@ def _run_backward(result: Any) -> None:
 
 
 def _leaves(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors whose gradients a backward from ``outputs`` would add up."""
+    """Return the tensors whose gradients a backward from ``outputs`` would add up."""
     leaves: list[torch.Tensor] = []
     waiting: list[Any] = [output.grad_fn for output in outputs]
     seen = set(waiting)

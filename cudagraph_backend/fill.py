@@ -55,12 +55,12 @@ def _parts(expression: ast.expr) -> list[Any]:
 
 
 def key_of(fills: Mapping[str, Fill], name: InputName) -> str | None:
-    """The key that means an input: its whole path, or else its last identifier; ``None`` if there is neither."""
+    """Return the key that means an input: its whole path, or else its last identifier; ``None`` if there is neither."""
     return next((key for key in (name.path, name.last) if key in fills), None)
 
 
 def fill_for(fills: Fills, name: InputName | None, dtype: torch.dtype, *, padded: bool) -> Fill:
-    """What the padded rows of one input hold.
+    """Return what the padded rows of one input hold.
 
     Args:
         name: ``None`` for what is no tensor of the user's call (tangents, saved activations, parts of a subclass):

@@ -104,7 +104,7 @@ def merged_options(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
-    """What a ``mode`` of ``torch.compile`` means here: its settings of Inductor, those of CUDA graphs apart."""
+    """Return what a ``mode`` of ``torch.compile`` means here: its settings of Inductor, those of CUDA graphs apart."""
     if mode is None:
         return {}
     if not isinstance(mode, str) or mode not in _MODES:
@@ -237,7 +237,7 @@ def _checked_inductor(value: Any) -> dict[str, Any]:
 
 
 def _is_about_graphs(setting: str) -> bool:
-    """Whether a setting of Inductor is one of stock's CUDA graphs."""
+    """Return whether a setting of Inductor is one of stock's CUDA graphs."""
     return setting.replace("-", "_").startswith("triton.cudagraph")
 
 

@@ -21,7 +21,7 @@ CutOut: TypeAlias = "Callable[[str, str], None]"
 
 
 def evaluate(expression: sympy.Expr, values: Values) -> int:
-    """A size for given values of the region's symbols."""
+    """Return a size for given values of the region's symbols."""
     if isinstance(expression, sympy.Integer):
         return int(expression)
     return int(expression.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()}))
@@ -81,7 +81,7 @@ class CountInput:
     symbols: frozenset[sympy.Symbol]
 
     def make(self, values: Values, device: torch.device) -> torch.Tensor:
-        """The argument for a call, an int64 tensor without dims."""
+        """Return the argument for a call, an int64 tensor without dims."""
         # Sizes of one dim differ in calls that are not padded: no mask may hide an entry then.
         return torch.full((), max(values[s] for s in self.symbols), dtype=torch.int64, device=device)
 

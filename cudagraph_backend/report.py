@@ -136,7 +136,7 @@ def _explain(replayer: Replayer) -> list[str]:
 
 
 def _explain_memory(device: torch.device, state: Device, replayers: Sequence[Replayer]) -> list[str]:
-    """What is held on a device, next to what it would be without sharing where that is known."""
+    """Return what is held on a device, next to what it would be without sharing where that is known."""
     separate = sum(sum(_output_bytes(replayer)) for replayer in replayers)
     executables, graphs = sum(map(_executable_bytes, replayers)), sum(map(_graph_count, replayers))
     return [

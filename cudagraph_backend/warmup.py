@@ -147,7 +147,7 @@ def _checked(sizes: Any, axes: Sequence[Axis]) -> set[Size]:
 
 
 def _default_sizes(call: ExampleCall) -> set[Size]:
-    """All buckets of the regions that ``call`` calls; compiles them, and captures nothing yet."""
+    """Return all buckets of the regions that ``call`` calls; compiles them, and captures nothing yet."""
     with sharedgraph.rehearsal() as regions:
         call.run(tuple(axis.example for axis in call.axes))
     if not regions:

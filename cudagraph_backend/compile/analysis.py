@@ -46,7 +46,7 @@ def analyse(
     driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
     known_refusal: Refusal | None = None,
 ) -> Region:
-    """What the FX graph of a region says. A dim that needs masks gets them, and the graph an input (``counts``).
+    """Return what the FX graph of a region says. A dim that needs masks gets them, and the graph an input (``counts``).
 
     Args:
         static: the indices of inputs whose address never changes.
@@ -92,7 +92,7 @@ def analyse(
 
 
 def unknown_region(module: GraphModule, number: int, kind: Kind, refusal: Refusal) -> Region:
-    """The record of a region of which nothing is known but why it runs uncaptured."""
+    """Return the record of a region of which nothing is known but why it runs uncaptured."""
     return Region(
         number=number,
         kind=kind,
@@ -110,7 +110,7 @@ def unknown_region(module: GraphModule, number: int, kind: Kind, refusal: Refusa
 
 
 def complete(region: Region, compiled: Any) -> Region:
-    """The same region with what Inductor decided while compiling it."""
+    """Return the same region with what Inductor decided while compiling it."""
     if region.refusal is not None:
         return region  # it is called as it is; what Inductor states of it may name sizes that only a run tells
     guards_known = region.shapes.freeze_guards()
@@ -135,7 +135,7 @@ def unsafe_ops(options: Options) -> frozenset[str]:
 
 
 def shapes_of(sizes: Sequence[SizeInput], example_inputs: Sequence[Any]) -> torch_internals.Shapes:
-    """What is known of the sizes that are read from the arguments of a region."""
+    """Return what is known of the sizes that are read from the arguments of a region."""
     values = ((example_inputs[size.index], size.dim) for size in sizes)
     return torch_internals.Shapes([value if dim is None else value.shape[dim] for value, dim in values])
 
@@ -187,7 +187,7 @@ def _is_expanded(tensor: TensorInput) -> bool:
 
 
 def _overlaps_when_padded(tensor: TensorInput, dim: DynamicDim) -> bool:
-    """Whether a dynamic size meets a fixed stride that it outgrows: windows, or rows cut from columns.
+    """Return whether a dynamic size meets a fixed stride that it outgrows: windows, or rows cut from columns.
 
     Strides that are dynamic themselves are judged call by call, when the bucket is chosen.
     """

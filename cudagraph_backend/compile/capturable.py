@@ -106,7 +106,7 @@ def devices_of(graph: Graph) -> set[torch.device]:
 
 
 def main_device(graph: Graph) -> torch.device:
-    """The device that graphs are captured on: if there is a GPU, the one with most of the values."""
+    """Return the device that graphs are captured on: if there is a GPU, the one with most of the values."""
     counts = Counter(device for node in graph.nodes if not _is_passed_by(node) for device in _devices(node))
     on_gpu = [device for device, _ in counts.most_common() if is_accelerator(device)]
     return next(iter((*on_gpu, *counts)), torch.device("cpu"))
@@ -117,12 +117,12 @@ def _is_passed_by(node: Node) -> bool:
 
 
 def op_refusal(node: Node, device: torch.device, unsafe: Collection[str] = ()) -> Refusal | None:
-    """Why an operator can't be part of a graph on ``device``, or ``None``."""
+    """Return why an operator can't be part of a graph on ``device``, or ``None``."""
     return _refused_op(node, unsafe) or _refused_place(node, device)
 
 
 def tensors_of(node: Node) -> Iterator[torch.Tensor]:
-    """The tensors that a node gives; tokens are none."""
+    """Yield the tensors that a node gives; tokens are none."""
     if is_token(node):
         return iter(())
     return (v for v in leaves(value_of(node)) if isinstance(v, torch.Tensor))
@@ -184,7 +184,7 @@ def _refused_op(node: Node, unsafe: Collection[str]) -> Refusal | None:
 
 
 def _reason_against(target: Any, unsafe: Collection[str]) -> str | None:
-    """Why an operator can't be captured, whatever it is given."""
+    """Return why an operator can't be captured, whatever it is given."""
     if is_named(target, unsafe):
         return "the operator is named as one that must not be captured"
     if is_higher_order(target) and target.name() not in _RUN_STRAIGHT and not calls_its_graph(target):
@@ -203,7 +203,7 @@ def _reason_against(target: Any, unsafe: Collection[str]) -> str | None:
 
 
 def _refused_inside(node: Node, unsafe: Collection[str]) -> Refusal | None:
-    """Why what a higher-order operator runs can't be captured."""
+    """Return why what a higher-order operator runs can't be captured."""
     devices = set[torch.device]().union(*map(_devices, (node, *node.all_input_nodes)))
     on_gpu = any(map(is_accelerator, devices))
     for target in (node.target, *wrapped(node)):
@@ -220,7 +220,7 @@ def _refused_inside(node: Node, unsafe: Collection[str]) -> Refusal | None:
 
 
 def _counts_a_mask(node: Node) -> bool:
-    """Whether a boolean index is turned into numbers, as many as it has true entries.
+    """Return whether a boolean index is turned into numbers, as many as it has true entries.
 
     A write of one value is none of these: Inductor writes it with ``where``.
     """
@@ -236,7 +236,7 @@ def _counts_a_mask(node: Node) -> bool:
 
 
 def _refused_wait(node: Node, unsafe: Collection[str]) -> Refusal | None:
-    """A captured wait waits for what was captured with it: of a collective begun elsewhere a replay knows nothing."""
+    """Refuse a wait for a collective that is begun elsewhere: a replay knows nothing of it."""
     begun = node.args[0]
     while isinstance(begun, Node) and begun.target is operator.getitem:
         begun = begun.args[0]
@@ -246,12 +246,12 @@ def _refused_wait(node: Node, unsafe: Collection[str]) -> Refusal | None:
 
 
 def symbols_in(node: Node) -> frozenset[sympy.Symbol]:
-    """The symbols in a node's value."""
+    """Return the symbols in a node's value."""
     return frozenset().union(*map(symbols_of, leaves(value_of(node))))
 
 
 def symbols_made(node: Node) -> frozenset[sympy.Symbol]:
-    """Symbols that nothing which a node is given has: what they stand for is first known when it has run."""
+    """Return the symbols that nothing which a node is given has: what they stand for is first known when it has run."""
     if not (symbols := symbols_in(node)) or node.op != "call_function":
         return frozenset()
     return symbols.difference(*map(symbols_in, node.all_input_nodes), *map(symbols_of, flat_arguments(node)))

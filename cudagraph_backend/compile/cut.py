@@ -68,7 +68,7 @@ def split(
     unsafe: Collection[str] = (),
     failed: Mapping[str, str] = _NOTHING,
 ) -> Split | None:
-    """The parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
+    """Return the parts of a region that is captured on ``device``; ``None`` if nothing, or all of it, can be captured.
 
     ``unsafe`` names operators not to be captured, ``failed`` those whose capture was tried, and why it failed. The
     region's own graph stays as it is.
@@ -96,13 +96,13 @@ def split(
 
 
 def _failed_before(node: Node, failed: Mapping[str, str]) -> Refusal | None:
-    """Why a node can't be captured, for one of the operators that it runs."""
+    """Return why a node can't be captured, for one of the operators that it runs."""
     found = next((name for name in map(str, targets_of(node)) if name in failed), None)
     return None if found is None else Refusal(f"its capture failed: {failed[found]}", found, source_line(node))
 
 
 def _refused_read(flow: Flow, node: Node, inputs: Mapping[Node, Refusal]) -> Refusal | None:
-    """Why an operator can't be captured for what it reads, through views or not."""
+    """Return why an operator can't be captured for what it reads, through views or not."""
     return next((inputs[read] for read in flow.reads[node] if read in inputs), None)
 
 
@@ -172,7 +172,7 @@ class _Cutter:
         return is_symbol and not self._flow.is_repeated(node)
 
     def _nodes_inside(self, index: int) -> list[Node]:
-        """A part's operators and all that it computes on its own for them, in the order of the graph."""
+        """Return a part's operators and all that it computes on its own for them, in the order of the graph."""
         inside = {node for node, part in self._part_of.items() if part == index}
         waiting = list(inside)
         while waiting:
@@ -200,7 +200,7 @@ class _Cutter:
         return [*(giver for giver in givers if giver is not None), *reads]
 
     def _giver(self, symbol: sympy.Symbol, index: int, reads: Sequence[Node]) -> Value | None:
-        """What gives a part a size as a number; ``None`` where only the dims of tensors do."""
+        """Return what gives a part a size as a number; ``None`` where only the dims of tensors do."""
         giver = self._givers.get(symbol)
         if giver is not None and self._part_of.get(giver, -1) < index:
             return giver
@@ -212,7 +212,7 @@ class _Cutter:
         return None
 
     def _is_made(self, node: Node, index: int) -> bool:
-        """Whether a part hands on a node inside it."""
+        """Return whether a part hands on a node inside it."""
         is_own = self._part_of.get(node) == index
         return is_own and (node in self._returned or (node in self._read and not self._flow.is_repeated(node)))
 

@@ -25,7 +25,7 @@ Symbols: TypeAlias = "frozenset[sympy.Symbol]"
 def dynamic_dims(
     module: GraphModule, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
 ) -> tuple[tuple[DynamicDim, ...], tuple[CountInput, ...]]:
-    """One record per dim that varies independently, in the order in which its first symbol is read.
+    """Return one record per dim that varies independently, in the order in which its first symbol is read.
 
     First without touching the graph; dims refused that way are tried again with masks. The masks of one dim are in the
     graph when the next dim is judged, so that the proofs hold one after the other. A dim with masks gives the graph one
@@ -88,7 +88,7 @@ def _verdict(
 def _masked(
     module: GraphModule, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, counts: list[CountInput]
 ) -> Verdict:
-    """The verdict on ``symbols`` with masks; if it is safe they are put into the graph."""
+    """Return the verdict on ``symbols`` with masks; if it is safe they are put into the graph."""
     verdict = _verdict(module.graph, symbols, inputs, options, masked=True)
     if verdict.masks:
         if unknown := masks.lacking(module.graph, verdict.masks):
@@ -106,7 +106,7 @@ def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInpu
 
 
 def _refused_unstaged(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
-    """A tensor that no operator reads is not padded, but generated code may check its size, or read a size from it."""
+    """Refuse a size of a tensor that is not padded, as no operator reads it: generated code may check it, or read it."""
     staged = {tensor.name for tensor in inputs}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -116,7 +116,7 @@ def _refused_unstaged(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInp
 
 
 def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
-    """An int argument that is no dim of a tensor is a value like any other: there are no rows to pad.
+    """Refuse an int argument that is no dim of a tensor: it is a value like any other, and has no rows to pad.
 
     One that is linked to a dim has that dim's rows.
     """

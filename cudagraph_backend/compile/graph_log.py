@@ -33,5 +33,5 @@ def _log(what: str, before: Sequence[str], after: Sequence[str]) -> None:
 
 
 def _lines(module: GraphModule) -> list[str]:
-    """The graph as code, with the type, sizes and device of each value: a pass may change these alone."""
+    """Return the graph as code, with the type, sizes and device of each value: a pass may change these alone."""
     return module.print_readable(print_output=False, include_device=True).splitlines()

@@ -64,7 +64,7 @@ def size_inputs(example_inputs: Sequence[Any]) -> tuple[SizeInput, ...]:
 
 
 def input_refusals(graph: Graph, example_inputs: Sequence[Any]) -> dict[Node, Refusal]:
-    """Those inputs that operators read and no graph can, with the reason."""
+    """Return those inputs that operators read and no graph can, with the reason."""
     refused = {}
     for node, value in _given(graph, example_inputs):
         refusal = _refused(node, value)
@@ -74,7 +74,7 @@ def input_refusals(graph: Graph, example_inputs: Sequence[Any]) -> dict[Node, Re
 
 
 def object_inputs(graph: Graph, example_inputs: Sequence[Any]) -> tuple[int, ...]:
-    """The indices of arguments that operators read and that are neither tensors nor numbers."""
+    """Return the indices of arguments that operators read and that are neither tensors nor numbers."""
     given = enumerate(_given(graph, example_inputs))
     return tuple(i for i, (node, value) in given if not isinstance(value, _PLAIN) and is_read(node))
 
@@ -88,7 +88,7 @@ def _given(graph: Graph, example_inputs: Sequence[Any]) -> Iterator[tuple[Node, 
 
 
 def is_read(node: Node) -> bool:
-    """Whether an operator reads an input, which may also be handed back, or asked for its size, and no more."""
+    """Return whether an operator reads an input, which may also be handed back, or asked for its size, and no more."""
     return any(user.op != "output" and not measures_size(user) for user in node.users)
 
 

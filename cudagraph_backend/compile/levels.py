@@ -78,7 +78,7 @@ class Flow:
         self.results = self.reads[graph.output_node()]
 
     def is_repeated(self, node: Node) -> bool:
-        """Whether every part that reads ``node`` computes it on its own."""
+        """Return whether every part that reads ``node`` computes it on its own."""
         return node not in self.bases[node]
 
     def _is_repeated(self, node: Node) -> bool:
@@ -97,7 +97,7 @@ class Flow:
 
 
 def parts_of(flow: Flow, refused: Refusals) -> dict[Node, int]:
-    """The number of each operator's part: so that most are captured, in as few parts as there can be.
+    """Return the number of each operator's part: so that most are captured, in as few parts as there can be.
 
     Raises:
         CannotSplit: the graph writes in place in a way that ties it together.
@@ -132,7 +132,7 @@ def _levels(flow: Flow, refused: Refusals, first: int) -> Levels:
 
 
 def _writes_at_the_end(flow: Flow) -> list[Node]:
-    """The in-place changes of arguments, with which a graph ends."""
+    """Return the in-place changes of arguments, with which a graph ends."""
     is_write = [writes_in_place(node) for node in flow.operators]
     if is_write != sorted(is_write):
         raise CannotSplit("an argument is written before the graph's end")
@@ -140,7 +140,7 @@ def _writes_at_the_end(flow: Flow) -> list[Node]:
 
 
 def _is_light(node: Node, refused: Refusals) -> bool:
-    """What makes no tensor, or picks one of several, is done where its neighbours are."""
+    """Return whether a node makes no tensor, or picks one of several: it is done where its neighbours are."""
     if node in refused:
         return False
     return node.target is operator.getitem or not any(True for _ in tensors_of(node))

@@ -15,7 +15,7 @@ from cudagraph_backend.torch_internals import Shapes, expr, is_jagged_size
 
 
 def graph_outputs(graph: Graph, inputs: Collection[int]) -> tuple[Output, ...]:
-    """One record per output, strides not yet known: Inductor chooses them.
+    """Return one record per output, strides not yet known: Inductor chooses them.
 
     ``inputs`` are the indices of the arguments that the region has a record of; others are only handed back.
     """
@@ -40,7 +40,7 @@ def _output(value: Node | int | None, arguments: Mapping[Node, int], inputs: Col
 def with_strides(
     outputs: Sequence[Output], strides: Sequence[tuple[str, ...] | None] | None, shapes: Shapes
 ) -> tuple[Output, ...]:
-    """The same outputs with the strides that Inductor laid them out with."""
+    """Return the same outputs with the strides that Inductor laid them out with."""
     if strides is None or len(strides) != len(outputs):
         return tuple(outputs)
     return tuple(

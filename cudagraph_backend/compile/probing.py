@@ -37,7 +37,7 @@ def draws_random_numbers(graph: Graph) -> bool:
 
 
 def lasting_effect(graph: Graph) -> Refusal | None:
-    """An effect of the graph that nothing can put back, so that it must not be run to try something out."""
+    """Return an effect of the graph that nothing can put back, so that it must not be run to try something out."""
     for node in nodes_in(graph):
         if has_token(node):
             return Refusal("the region has effects that can't be put back", str(node.args[1]), source_line(node))
@@ -48,7 +48,7 @@ def lasting_effect(graph: Graph) -> Refusal | None:
 
 
 def may_draw_random_numbers(graph: Graph) -> bool:
-    """Whether the graph draws random numbers, or has operators of the user's, of which that is not known."""
+    """Return whether the graph draws random numbers, or has operators of the user's, of which that is not known."""
     operators = [target for target in targets_in(graph) if is_operator(target)]
     known = all(operator_name(target).startswith(("aten::", "prims::")) for target in operators)
     return not known or draws_random_numbers(graph)
@@ -61,7 +61,7 @@ def precision(graph: Graph) -> float:
 
 
 def probe_refusal(graph: Graph, unproven: Refusal) -> Refusal | None:
-    """Why a dim that is ``unproven`` can't be probed either."""
+    """Return why a dim that is ``unproven`` can't be probed either."""
     if (effect := lasting_effect(graph)) is not None:
         reason = f"{effect.reason} ({effect.op}), which must happen once per call"
     elif draws_random_numbers(graph):
@@ -74,7 +74,7 @@ def probe_refusal(graph: Graph, unproven: Refusal) -> Refusal | None:
 
 
 def number_from_floats(graph: Graph) -> Node | None:
-    """The first operator that makes integers of floats in a way that NaN or a large number gives any integer.
+    """Return the first operator that makes integers of floats in a way that NaN or a large number gives any integer.
 
     One of them may be an index: out of range it raises on a CPU, and ends the process's CUDA context on a GPU. ATen's
     positions (argmax, sort, …) stay in range whatever they read; of a custom operator nothing is known.

@@ -62,7 +62,7 @@ class RegionCompile:
     refusal: Refusal | None = None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        """The call of the region, in place of what Inductor's compile function returns.
+        """Return the call of the region, in place of what Inductor's compile function returns.
 
         Whatever goes wrong, other than an error raised on purpose, the region is compiled as Inductor alone does.
         """
@@ -225,7 +225,7 @@ class _Cuts:
         self.strides: Sequence[Any] | None = None
 
     def entry(self, call: Compiled) -> _Entry:
-        """The region's call, which may be exchanged."""
+        """Return the region's call, which may be exchanged."""
         self._entry = _Entry(call)
         return self._entry
 
@@ -303,7 +303,7 @@ class _Entry:
 
 
 def _has_strides(value: Any, stated: Sequence[str] | None, region: Region) -> bool:
-    """Whether Inductor lays out ``value`` as it was traced, which is what the parts that read it count on.
+    """Return whether Inductor lays out ``value`` as it was traced, which is what the parts that read it count on.
 
     It states no strides that depend on data; there its own code, too, counts on those that were traced.
     """

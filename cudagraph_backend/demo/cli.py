@@ -59,14 +59,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
+    """Return an argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def way_names(text: str) -> tuple[str, ...]:
-    """An argparse type: names of ways with commas between."""
+    """Return an argparse type: names of ways with commas between."""
     names = tuple(text.split(","))
     unknown = [name for name in names if name not in NAMES]
     if unknown:
@@ -113,7 +113,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_ways(names: Sequence[str], device: torch.device) -> tuple[ways.Way, ...]:
-    """The named ways in their usual order, without those that the device can't run."""
+    """Return the named ways in their usual order, without those that the device can't run."""
     chosen = tuple(way for way in ways.WAYS if way.name in names and not (way.cuda_only and device.type != "cuda"))
     if not chosen:
         raise DemoError(f"--ways {','.join(names)}: that needs a CUDA GPU")

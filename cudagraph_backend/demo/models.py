@@ -92,7 +92,7 @@ def load_minilm() -> tuple[nn.Module, Any]:
 
 
 def build_llama(seed: int) -> nn.Module:
-    """A Llama of four layers with random weights."""
+    """Return a Llama of four layers with random weights."""
     require("llama", "transformers")
     transformers = _offline_transformers()
     config = transformers.LlamaConfig(

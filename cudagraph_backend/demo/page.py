@@ -44,7 +44,7 @@ class DemoResult:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the threads that torch uses."""
+    """Return the GPU's name, or the CPU's with the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -60,7 +60,7 @@ def _cpu_name() -> str:
 
 
 def as_data(result: DemoResult) -> dict[str, Any]:
-    """What ``--json`` writes. An error that is not finite is ``None``: JSON has no infinity."""
+    """Return what ``--json`` writes. An error that is not finite is ``None``: JSON has no infinity."""
     ours = result.sharedgraph
     return {
         "device": result.device,
@@ -95,7 +95,7 @@ def _finite(value: float) -> float | None:
 
 
 def as_text(result: DemoResult) -> str:
-    """What the demo prints."""
+    """Return what the demo prints."""
     head = [
         f"{result.model}, {result.requests} requests of changing size ({result.distinct_shapes} input shapes), fp32",
         f"{result.device_name}, torch {torch.__version__}",
@@ -105,7 +105,7 @@ def as_text(result: DemoResult) -> str:
 
 
 def way_table(ways: Sequence[WayResult]) -> list[str]:
-    """One line per way; the column for GPU memory is there only if it was measured."""
+    """Return one line per way; the column for GPU memory is there only if it was measured."""
     memory = any(way.device_memory_bytes is not None for way in ways)
     header = ["way", "median", "p95", "first pass", "captures", "max error", *(["GPU memory"] if memory else [])]
     rows = [header]
@@ -133,7 +133,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def sharedgraph_lines(result: DemoResult) -> list[str]:
-    """What sharedgraph did: graphs, memory of the outputs, padding, fallbacks."""
+    """Return what sharedgraph did: graphs, memory of the outputs, padding, fallbacks."""
     way = result.sharedgraph
     if way is None or way.stats is None:
         return []
@@ -166,7 +166,7 @@ def padded_share(stats: dict[str, Any]) -> float:
 
 
 def verdict(result: DemoResult) -> str:
-    """Whether the results can be trusted, in one line."""
+    """Return whether the results can be trusted, in one line."""
     way = result.sharedgraph
     if way is None:
         return "sharedgraph was not run"
@@ -177,7 +177,7 @@ def verdict(result: DemoResult) -> str:
 
 
 def format_bytes(count: int | None) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
+    """Return the bytes in the unit that leaves one to four digits before the point."""
     if count is None:
         return "-"
     value = float(count)

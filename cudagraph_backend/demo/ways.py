@@ -75,7 +75,7 @@ class WayResult:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The ``q``-quantile of ``values``, linear between the two nearest ranks."""
+    """Return the ``q``-quantile of ``values``, linear between the two nearest ranks."""
     if not values:
         raise ValueError("a quantile needs at least one value")
     ordered = sorted(values)
@@ -204,6 +204,6 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 def _taken(free_before: int | None, device: torch.device) -> int | None:
-    """How much of the GPU's memory was taken since, and not given back."""
+    """Return how much of the GPU's memory was taken since, and not given back."""
     free_now = _free_memory(device)
     return None if free_before is None or free_now is None else free_before - free_now

@@ -54,7 +54,7 @@ class Workload:
 
 
 def build(name: str, requests: int, seed: int, device: torch.device) -> Workload:
-    """The workload of model ``name``; equal arguments give equal requests and weights."""
+    """Return the workload of model ``name``; equal arguments give equal requests and weights."""
     builders: dict[str, Callable[[int, int], tuple[str, nn.Module, list[Batch], tuple[DynamicDim, ...]]]] = {
         "minilm": _minilm,
         "llama": _llama,

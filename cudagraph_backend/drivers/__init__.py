@@ -54,7 +54,7 @@ class Driver(Protocol):
         """Let the current stream wait for all that called, or that used what they got: calls share memory."""
 
     def is_capturing(self) -> bool:
-        """Whether the current stream is already being captured, by somebody else."""
+        """Return whether the current stream is already being captured, by somebody else."""
 
     def scratch_nbytes(self) -> int:
-        """Bytes held by the memory pool, which all captures share."""
+        """Return the bytes held by the memory pool, which all captures share."""

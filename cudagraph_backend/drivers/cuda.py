@@ -212,7 +212,7 @@ class CudaDriver:
             return None
 
     def _taken_outside_allocator(self) -> int:
-        """Bytes of the device that are in use, without what PyTorch's allocator holds (scratch, workspaces).
+        """Return the bytes of the device that are in use, without what PyTorch's allocator holds (scratch, workspaces).
 
         What other processes take or free is in it, too: a difference is an estimate where the device is shared.
         """
@@ -250,7 +250,7 @@ class CudaDriver:
         self._open_pool(draws=True, generators=generators)
 
     def _open_pool(self, *, draws: bool = False, generators: Sequence[torch.Generator] = ()) -> MemoryPool:
-        """The memory pool, made at the first use, on the capture stream."""
+        """Return the memory pool, made at the first use, on the capture stream."""
         if self._memory is None:
             pool, anchor, scrap = torch.cuda.MemPool(), torch.cuda.CUDAGraph(), torch.zeros(1, device=self.device)
             torch.cuda.synchronize(self.device)

@@ -33,7 +33,7 @@ _PROCESS_GROUPS = ("group_name", "process_group")
 
 
 def targets_of(node: Node) -> Iterator[Any]:
-    """The operators that a node runs: its own, those that it wraps, and all in the graphs that it is given."""
+    """Yield the operators that a node runs: its own, those that it wraps, and all in the graphs that it is given."""
     if node.op == "call_function":
         yield node.target
         yield from wrapped(node)
@@ -42,20 +42,20 @@ def targets_of(node: Node) -> Iterator[Any]:
 
 
 def wrapped(node: Node) -> Iterator[Any]:
-    """The operators that a higher-order one is given by name, as ``auto_functionalized`` is."""
+    """Yield the operators that a higher-order one is given by name, as ``auto_functionalized`` is."""
     if is_higher_order(node.target):
         yield from (leaf for leaf in flat_arguments(node) if is_operator(leaf) or is_higher_order(leaf))
 
 
 def nodes_inside(node: Node) -> Iterator[Node]:
-    """The nodes of the graphs that a higher-order operator is given; not of those that these give in turn."""
+    """Yield the nodes of the graphs that a higher-order operator is given; not of those that these give in turn."""
     if is_higher_order(node.target):
         for module in subgraphs_of(node):
             yield from module.graph.nodes
 
 
 def nodes_in(graph: Graph) -> Iterator[Node]:
-    """The nodes of a graph, and of those inside it, at all levels."""
+    """Yield the nodes of a graph, and of those inside it, at all levels."""
     for node in graph.nodes:
         yield node
         for module in subgraphs_of(node) if is_higher_order(node.target) else ():
@@ -63,23 +63,23 @@ def nodes_in(graph: Graph) -> Iterator[Node]:
 
 
 def targets_in(graph: Graph) -> Iterator[Any]:
-    """The operators that a graph runs, at all levels."""
+    """Yield the operators that a graph runs, at all levels."""
     for node in graph.nodes:
         yield from targets_of(node)
 
 
 def measures_size(node: Node) -> bool:
-    """Whether a node reads the size of a tensor alone."""
+    """Return whether a node reads the size of a tensor alone."""
     return node.target in _SIZES
 
 
 def measures(node: Node) -> bool:
-    """Whether a node reads the size or the strides of a tensor, and none of its memory."""
+    """Return whether a node reads the size or the strides of a tensor, and none of its memory."""
     return node.target in _SIZES + _STRIDES
 
 
 def writes_in_place(node: Node) -> bool:
-    """Whether a node changes what it is given. A functional wrapper changes a copy."""
+    """Return whether a node changes what it is given. A functional wrapper changes a copy."""
     if is_operator(node.target):
         return operator_schema(node.target).is_mutable
     if is_higher_order(node.target):
@@ -92,7 +92,7 @@ def writes_in_place(node: Node) -> bool:
 
 
 def is_token(node: Node) -> bool:
-    """Whether a value is no tensor, but only orders operators with effects (``with_effects``)."""
+    """Return whether a value is no tensor, but only orders operators with effects (``with_effects``)."""
     if node.target is operator.getitem:
         source, index = node.args
         return index == 0 and isinstance(source, Node) and has_token(source)
@@ -100,12 +100,12 @@ def is_token(node: Node) -> bool:
 
 
 def has_token(node: Node) -> bool:
-    """Whether a node takes a token as its first argument, and gives one as its first result."""
+    """Return whether a node takes a token as its first argument, and gives one as its first result."""
     return is_higher_order(node.target) and node.target.name() == "with_effects"
 
 
 def read_by(node: Node) -> list[Node]:
-    """What a node reads; tokens are not read, as each part of a graph has its own."""
+    """Return what a node reads; tokens are not read, as each part of a graph has its own."""
     return [read for read in node.all_input_nodes if not is_token(read)]
 
 
@@ -120,7 +120,7 @@ def is_named(target: Any, names: Collection[str]) -> bool:
 
 
 def communicates(target: Any) -> bool:
-    """Whether an operator exchanges data with other processes, as far as its name and its arguments tell."""
+    """Return whether an operator exchanges data with other processes, as far as its name and its arguments tell."""
     if not is_operator(target):
         return False
     arguments = operator_schema(target).arguments
@@ -129,5 +129,5 @@ def communicates(target: Any) -> bool:
 
 
 def waits(target: Any) -> bool:
-    """Whether an operator waits for a collective that another one began."""
+    """Return whether an operator waits for a collective that another one began."""
     return is_operator(target) and operator_schema(target).name.endswith("c10d_functional::wait_tensor")

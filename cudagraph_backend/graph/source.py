@@ -15,7 +15,7 @@ _SUBMODULE = re.compile(r"_modules\['([^']*)'\]")
 
 
 def source_line(node: Node) -> str | None:
-    """The innermost user frame that produced ``node``, as ``file.py:12 in forward: y = x.mean(0)``.
+    """Return the innermost user frame that produced ``node``, as ``file.py:12 in forward: y = x.mean(0)``.
 
     Dynamo leaves out the frames of ``torch.nn``. Where there is no other, as in an ``nn.Sequential`` that is compiled
     itself, the module's path and class stand in: ``module layers.1 (BatchNorm1d)``.
@@ -27,7 +27,7 @@ def source_line(node: Node) -> str | None:
 
 
 def source_spans(graph: Graph) -> tuple[str, ...]:
-    """The user's functions that a graph was traced from, in order, as ``file.py:10-34 in forward``.
+    """Return the user's functions that a graph was traced from, in order, as ``file.py:10-34 in forward``.
 
     Without any, the outermost modules, as in :func:`source_line`.
     """
@@ -42,7 +42,7 @@ def source_spans(graph: Graph) -> tuple[str, ...]:
 
 
 def first_use(node: Node) -> str | None:
-    """The source line of the first operator that reads ``node``, an input, which has no line of its own."""
+    """Return the source line of the first operator that reads ``node``, an input, which has no line of its own."""
     return next((line for user in node.users if (line := source_line(user)) is not None), None)
 
 

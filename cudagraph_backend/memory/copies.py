@@ -17,7 +17,7 @@ _ALIGNMENT = 16  # bytes; Inductor's kernels rely on it for inputs that were ali
 
 
 def byte_span(tensor: torch.Tensor) -> Span:
-    """The addresses of a tensor's first byte and of the one behind its last."""
+    """Return the addresses of a tensor's first byte and of the one behind its last."""
     start = tensor.data_ptr()
     return start, start + extent(tensor.shape, tensor.stride()) * tensor.element_size()
 
@@ -50,7 +50,7 @@ class StagedCopy:
     fill: Fill
 
     def span(self, args: Sequence[torch.Tensor]) -> Span:
-        """The addresses that the argument reaches."""
+        """Return the addresses that the argument reaches."""
         return byte_span(self.argument(args[self.index]))
 
     def argument(self, tensor: torch.Tensor) -> torch.Tensor:

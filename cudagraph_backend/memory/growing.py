@@ -20,4 +20,4 @@ class Memory(Protocol):
         """Provide at least ``nbytes``. Raises ``torch.OutOfMemoryError`` if they can't be had."""
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
-        """A uint8 tensor with a storage of its own over ``nbytes`` bytes from ``offset``."""
+        """Return a uint8 tensor with a storage of its own over ``nbytes`` bytes from ``offset``."""

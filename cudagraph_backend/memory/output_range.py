@@ -33,7 +33,7 @@ class Loan:
     is_saved: bool = False
 
     def overwritten(self) -> str:
-        """The error of an access to such an output after its memory was needed (``on_overwrite="error"``)."""
+        """Return the error of an access to such an output after its memory was needed (``on_overwrite="error"``)."""
         names = " and ".join(
             f"output {index}" + (f" (made at {source})" if source else "")
             for (index, _, _), source in zip(self.outputs, self.sources, strict=True)
@@ -61,7 +61,7 @@ class RangeStorage:
         self._idle_users, self._idle_holders = storage_users(self.cdata), getrefcount(self.storage)
 
     def tensor(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
-        """A new tensor on the storage, one of its own (no autograd view); ``offset`` in elements."""
+        """Return a new tensor on the storage, one of its own (no autograd view); ``offset`` in elements."""
         source = self._sources.get(dtype)
         if source is None:
             source = self._sources[dtype] = self._new_source(dtype)
@@ -77,11 +77,11 @@ class RangeStorage:
         return source
 
     def is_in_place(self) -> bool:
-        """Whether the storage still has the range's memory: ``share_memory_`` gives it another one."""
+        """Return whether the storage still has the range's memory: ``share_memory_`` gives it another one."""
         return self.storage.data_ptr() == self.address
 
     def is_in_use(self) -> bool:
-        """Whether a tensor, a view or an export, or the storage object itself, is held by somebody else."""
+        """Return whether a tensor, a view or an export, or the storage object itself, is held by somebody else."""
         return storage_users(self.cdata) > self._idle_users or getrefcount(self.storage) > self._idle_holders
 
 
@@ -116,7 +116,7 @@ class OutputRange:
         return self.offset, self.offset + self.nbytes
 
     def is_live(self) -> bool:
-        """Whether an output, a view of one or an export of one still uses the range."""
+        """Return whether an output, a view of one or an export of one still uses the range."""
         return self.lent is not None and self.lent.is_in_use()
 
     def storage(self, nbytes: int) -> RangeStorage | None:

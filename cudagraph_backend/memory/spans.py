@@ -11,7 +11,7 @@ Span: TypeAlias = "tuple[int, int]"
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same bytes as ascending spans that don't touch; empty ones are left out."""
+    """Return the same bytes as ascending spans that don't touch; empty ones are left out."""
     result: list[Span] = []
     for first, end in sorted(span for span in spans if span[0] < span[1]):
         if result and first <= result[-1][1]:
@@ -22,6 +22,6 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def meets(span: Span, others: Sequence[Span]) -> bool:
-    """Whether a span shares a byte with one of ``others``, which are as ``merged`` makes them."""
+    """Return whether a span shares a byte with one of ``others``, which are as ``merged`` makes them."""
     position = bisect_left(others, span[1], key=lambda other: other[0])
     return span[0] < span[1] and position > 0 and others[position - 1][1] > span[0]

@@ -16,7 +16,7 @@ def extent(size: Sequence[int], stride: Sequence[int]) -> int:
 
 
 def overlaps_itself(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether two indices may reach one address, other than by a stride of 0."""
+    """Return whether two indices may reach one address, other than by a stride of 0."""
     reach = 0
     for length, step in sorted(zip(size, stride, strict=True), key=lambda pair: pair[1]):
         if length <= 1 or step == 0:
@@ -28,7 +28,7 @@ def overlaps_itself(size: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def same_places(size: Sequence[int], stride: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether entries of a tensor of ``size`` lie at the same places with either stride."""
+    """Return whether entries of a tensor of ``size`` lie at the same places with either stride."""
     return 0 in size or all(n == 1 or a == b for n, a, b in zip(size, stride, other, strict=True))
 
 

@@ -77,7 +77,7 @@ class Call:
         return [leaf for leaf in leaves(self.arguments) if isinstance(leaf, Operand)]
 
     def only(self, *names: str) -> Operand:
-        """The first of ``names``, after checking that no tensor besides ``names`` has rows."""
+        """Return the first of ``names``, after checking that no tensor besides ``names`` has rows."""
         for name, argument in self.arguments.items():
             if name not in names and any(isinstance(leaf, Operand) and leaf.rows for leaf in leaves(argument)):
                 raise RefusePadding(f"rows in argument {name!r}")
@@ -120,11 +120,11 @@ class Call:
         return tuple(results)
 
     def result_dim(self) -> RowDim | None:
-        """The dim of the call's one result that carries this line's rows."""
+        """Return the dim of the call's one result that carries this line's rows."""
         return self._row_dim(self.val)
 
     def result_shape(self) -> tuple[sympy.Expr, ...]:
-        """The shape of the call's one result."""
+        """Return the shape of the call's one result."""
         shape, found = self.sizes.shape(self.val), self.result_dim()
         return hide(shape, [dim for dim in range(len(shape)) if found is None or dim != found.dim])
 
@@ -186,7 +186,7 @@ def by_place(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
 
 
 def one_line(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
-    """The rows of several operands all meet; those of one operand along several dims don't."""
+    """Return the rows of several operands all meet; those of one operand along several dims don't."""
     others = any(leaf is not operand and leaf.axes for leaf in call.operands)
     return 0 if others else by_place(call, name, operand, rows)
 
@@ -229,15 +229,15 @@ def rule(
 
 
 def rule_name(target: Any) -> str:
-    """The full name by which an operator's rule is registered."""
+    """Return the full name by which an operator's rule is registered."""
     return operator_name(target) if is_operator(target) else f"higher_order::{target.name()}"
 
 
 def is_exact(dtype: torch.dtype) -> bool:
-    """Whether numbers of ``dtype`` are never rounded: integers and booleans."""
+    """Return whether numbers of ``dtype`` are never rounded: integers and booleans."""
     return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def depends_on_size(argument: Any) -> bool:
-    """Whether a number in ``argument`` changes with the padded size."""
+    """Return whether a number in ``argument`` changes with the padded size."""
     return any(isinstance(leaf, sympy.Basic) and leaf.has(ROWS) for leaf in leaves(argument))

@@ -140,7 +140,7 @@ class Operand:
             raise RefusePadding("rows meet a dim of another size", frozenset(size.free_symbols))
 
     def holds(self, fact: Fact) -> bool:
-        """Whether the padded rows hold ``fact``; without rows there are none that could break it."""
+        """Return whether the padded rows hold ``fact``; without rows there are none that could break it."""
         return self.rows is None or bool(self.rows.holds & fact)
 
     def dim(self, dim: int) -> int:
@@ -175,7 +175,7 @@ def in_blocks(rows: Rows, blocks: sympy.Expr | None) -> Rows:
 
 
 def blocks_of(*operands: Operand | None) -> sympy.Expr | None:
-    """The blocks that all ``operands`` with rows are divided into."""
+    """Return the blocks that all ``operands`` with rows are divided into."""
     blocks = {o.rows.blocks for o in operands if o is not None and o.rows is not None} - {None}
     if len(blocks) > 1:
         raise RefusePadding("rows in different places meet")
@@ -183,7 +183,7 @@ def blocks_of(*operands: Operand | None) -> sympy.Expr | None:
 
 
 def common(*operands: Operand | None) -> Fact:
-    """The facts that hold in the padded rows of all ``operands`` that have rows."""
+    """Return the facts that hold in the padded rows of all ``operands`` that have rows."""
     facts = Fact.ALL
     for operand in operands:
         if operand is not None and operand.rows is not None:

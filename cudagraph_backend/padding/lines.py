@@ -21,7 +21,7 @@ LineOfRows = Mapping[int, Rows]
 
 
 def lines_of(rule: RegisteredRule, call: Call) -> list[LineOfRows]:
-    """The lines that the rule sees in a call, in the order of dims where the rule tells them apart by place."""
+    """Return the lines that the rule sees in a call, in the order of dims where the rule tells them apart by place."""
     lines: dict[Hashable, dict[int, Rows]] = {}
     for name, argument in call.arguments.items():
         for operand in leaves(argument):
@@ -49,7 +49,7 @@ def along(argument: Any, line: LineOfRows) -> Any:
 
 
 def together(results: Sequence[Results]) -> Axes | RefusePadding | list[Axes | RefusePadding]:
-    """What the rule said of each line, put together per result."""
+    """Return what the rule said of each line, put together per result."""
     width = next((len(result) for result in results if isinstance(result, tuple)), None)
     if width is None:
         return _axes(results)  # type: ignore[arg-type]

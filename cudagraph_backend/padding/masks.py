@@ -34,7 +34,7 @@ def insert(module: GraphModule, masks: Sequence[Mask], name: str) -> None:
 
 
 def lacking(graph: Graph, masks: Sequence[Mask]) -> frozenset[sympy.Symbol]:
-    """Symbols that the masks need and no input of the graph has as a size."""
+    """Return the symbols that the masks need and no input of the graph has as a size."""
     symbols: frozenset[sympy.Symbol] = frozenset()
     for mask in masks:
         symbols = symbols.union(expr(mask.source.meta["val"].shape[mask.rows.dim]).free_symbols)
@@ -83,14 +83,14 @@ class _Masking:
         return self._add(aten.where.self, is_real, operand, other)
 
     def _once(self, key: Hashable, make: Callable[[], Node]) -> Node:
-        """A node at the front of the graph that several masks read."""
+        """Return a node at the front of the graph that several masks read."""
         if key not in self._shared:
             with self._graph.inserting_before(self._first):
                 self._shared[key] = make()
         return self._shared[key]
 
     def _is_real(self, size: sympy.Expr, rows: Rows, behind: int) -> Node:
-        """Which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
+        """Return which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
         entry = self._entries(size)
         if rows.blocks != 1:
             entry = self._add(aten.remainder.Scalar, entry, self._number((size / rows.blocks).cancel().expand()))
@@ -110,12 +110,12 @@ class _Masking:
         return self._add(aten.full.default, [], number, dtype=dtype, device=self._device, pin_memory=False)
 
     def _end(self, rows: Rows) -> Node:
-        """The number of real entries of a block."""
+        """Return the number of real entries of a block."""
         end = self._count if rows.per == 1 else self._add(aten.mul.Tensor, self._count, self._number(rows.per))
         return end if rows.extra == 0 else self._add(aten.add.Tensor, end, self._number(rows.extra))
 
     def _number(self, size: sympy.Expr) -> Any:
-        """A size, as a number or a node that computes it from the graph's sizes."""
+        """Return a size, as a number or a node that computes it from the graph's sizes."""
         if size.is_Integer:
             return int(size)
         if size.is_Symbol:
@@ -164,7 +164,7 @@ def _number(filling: Filling, dtype: torch.dtype) -> bool | int | float:
 
 
 def _symbols(graph: Graph) -> dict[sympy.Symbol, tuple[Node, int | None]]:
-    """Where a graph's sizes are found: in a number, or in a dim of a tensor, among its inputs."""
+    """Return where a graph's sizes are found: in a number, or in a dim of a tensor, among its inputs."""
     found: dict[sympy.Symbol, tuple[Node, int | None]] = {}
     for node in graph.find_nodes(op="placeholder"):
         val = node.meta.get("val")

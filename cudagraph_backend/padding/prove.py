@@ -105,7 +105,7 @@ class _Walk:
     node: Node | None = None
 
     def run(self, graph: Graph) -> tuple[Axes, ...]:
-        """The rows of the outputs."""
+        """Return the rows of the outputs."""
         return tuple(self._output(item) for item in self._walk(graph))
 
     def _walk(self, graph: Graph) -> list[Any]:
@@ -118,7 +118,7 @@ class _Walk:
         raise ValueError("a graph without output")
 
     def blame(self, refused: RefusePadding) -> Refusal:
-        """The refusal, with the operator and source line that brought it about."""
+        """Return the refusal, with the operator and source line that brought it about."""
         node = self.node
         if node is None or node.op != "call_function":
             return Refusal(refused.reason, source=first_use(node) if node is not None else None)
@@ -192,7 +192,7 @@ class _Walk:
         return self._apply(found, node, arguments, makes_rows=bool(reaching))
 
     def _higher_order(self, node: Node) -> Found:
-        """What is known of the results of an operator that runs others, or a kernel of the user's."""
+        """Return what is known of the results of an operator that runs others, or a kernel of the user's."""
         target: Any = node.target
         if writes_in_place(node):
             raise RefusePadding("writes in place")
@@ -215,7 +215,7 @@ class _Walk:
         return self._apply(found, node, bound_arguments(node, args, kwargs), makes_rows=False)  # type: ignore[arg-type]
 
     def _written(self, node: Node, kwargs: dict[str, Any]) -> Found | None:
-        """What a user's rule says of an operator that changes its arguments; ``None`` where there is none.
+        """Return what a user's rule says of an operator that changes its arguments; ``None`` where there is none.
 
         The wrapper gives the operator's results, then its bases, the memory that is changed, as they are afterwards. A
         rule is asked only where each of these is one whole argument.
@@ -284,7 +284,7 @@ class _Walk:
         makes_rows: bool,
         written: tuple[Any, ...] | None = None,
     ) -> Found:
-        """What the rule says of each line of rows, put together."""
+        """Return what the rule says of each line of rows, put together."""
         before = len(self.masks or ())
         call = Call(node, arguments, self.sizes, masks=self.masks, written=written)
         lines = lines_of(rule, call)
@@ -310,7 +310,7 @@ class _Walk:
     # ---- arguments and results
 
     def _argument(self, argument: object, roles: Iterator[int]) -> object:
-        """An argument with nodes replaced by what is known of them, and symbolic numbers by sympy's."""
+        """Return an argument with nodes replaced by what is known of them, and symbolic numbers by sympy's."""
         if isinstance(argument, (list, tuple)):
             return [self._argument(item, roles) for item in argument]
         if isinstance(argument, Mapping):
@@ -380,7 +380,7 @@ def _has_rows(leaf: Any) -> bool:
 
 
 def _is_like(placeholder: Node, operand: Any) -> bool:
-    """Whether what a graph inside was traced with has the sizes of what it is called with."""
+    """Return whether what a graph inside was traced with has the sizes of what it is called with."""
     traced = placeholder.meta.get("val")
     value = operand.meta.get("val") if isinstance(operand, Node) else operand
     if isinstance(traced, torch.Tensor):

@@ -38,7 +38,7 @@ class Sizes:
         return self._seen[raw]
 
     def shape(self, tensor: torch.Tensor) -> tuple[sympy.Expr, ...]:
-        """The sizes of a (fake) tensor."""
+        """Return the sizes of a (fake) tensor."""
         return tuple(self.expr(size) for size in tensor.shape)  # type: ignore[misc]
 
 
@@ -51,7 +51,7 @@ class RowDim(NamedTuple):
 
 
 def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
-    """The dims of ``shape`` that carry rows."""
+    """Return the dims of ``shape`` that carry rows."""
     found = []
     for dim, size in enumerate(shape):
         if size.has(ROWS):
@@ -96,5 +96,5 @@ def shape_text(shape: Sequence[sympy.Expr]) -> str:
 
 
 def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
-    """The product of ``sizes``, comparable to other sizes."""
+    """Return the product of ``sizes``, comparable to other sizes."""
     return sympy.expand(sympy.Mul(*sizes))

@@ -28,7 +28,7 @@ class Allocations:
         self._next = 0
 
     def bound_to(self, compiled: Compiled, device_type: str) -> Compiled:
-        """The region with this allocator; as it is, if it is not generated Python code."""
+        """Return the region with this allocator; as it is, if it is not generated Python code."""
         return with_allocator(compiled, device_type, self) or compiled
 
     def __call__(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -51,5 +51,5 @@ class Allocations:
             self._memory = {}
 
     def number_of(self, result: torch.Tensor) -> int | None:
-        """The number of the buffer that a result of the last run is (a view of); ``None`` if it isn't one."""
+        """Return the number of the buffer that a result of the last run is (a view of); ``None`` if it isn't one."""
         return self._numbers.get(result.untyped_storage()._cdata)

@@ -11,7 +11,7 @@ CaptureSizes = tuple[int, ...] | Literal["auto"]
 
 
 def next_auto_size(n: int) -> int:
-    """The smallest automatic capture size that is at least ``n``.
+    """Return the smallest automatic capture size that is at least ``n``.
 
     1, 2, 4, 8, then by 8 up to 256, by 16 up to 512, by 32 up to 1024, …: sixteen sizes per doubling past 128, so that
     less than 1/16 of such a bucket is padding. (vLLM and SGLang step alike, up to a last size.)
@@ -44,7 +44,7 @@ def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterat
 
 
 def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Callable[[int], bool]) -> int | None:
-    """The bucket of ``n``: the smallest capture size that holds it and that the region's guards admit.
+    """Return the bucket of ``n``: the smallest capture size that holds it and that the region's guards admit.
 
     Returns ``n`` itself where no such size is admitted, and ``None`` above the largest of the user's sizes.
     """
@@ -67,7 +67,7 @@ def all_sizes(capture_sizes: CaptureSizes, lower: int, upper: int | None) -> tup
 
 
 def largest(capture_sizes: CaptureSizes, upper: int | None, bucket: int) -> int:
-    """The size to provide memory for when ``bucket`` is captured: the largest there will be, as far as known.
+    """Return the size to provide memory for when ``bucket`` is captured: the largest there will be, as far as known.
 
     Without a bound this is the next power of two, so that memory is moved only a few times while sizes grow. A very
     large bound is no promise of the user's but a limit of some operator (65,535 blocks in a CUDA grid).

@@ -11,14 +11,14 @@ _TREND_IN_DEVIATIONS = 8
 
 
 def is_equal(found: Any, expected: Any) -> bool:
-    """Whether two results are equal bit for bit; a NaN equals the same NaN, and 0.0 is not -0.0."""
+    """Return whether two results are equal bit for bit; a NaN equals the same NaN, and 0.0 is not -0.0."""
     if not _is_alike(found, expected):
         return bool(found == expected) if not isinstance(found, torch.Tensor) else False
     return torch.equal(_bytes(found), _bytes(expected))
 
 
 def is_close(found: Any, expected: Any, precision: float) -> bool:
-    """Whether two results may come from the same computation, done in another order or in other tiles.
+    """Return whether two results may come from the same computation, done in another order or in other tiles.
 
     It must tell rounding from a padded size that got into a value: a sum divided by 1008 instead of 1000. Elementwise
     tolerances don't: sums that cancel need wide ones. So floats are compared by row (entries along the first dim; a
@@ -48,7 +48,7 @@ def is_close(found: Any, expected: Any, precision: float) -> bool:
 
 
 def _is_alike(found: Any, expected: Any) -> bool:
-    """Whether both are tensors, of the same type and size."""
+    """Return whether both are tensors, of the same type and size."""
     if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
         return False
     return found.dtype == expected.dtype and found.shape == expected.shape

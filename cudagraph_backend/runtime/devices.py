@@ -46,7 +46,7 @@ class Devices:
         self._pools: WeakValueDictionary[torch.device, OutputPool] = WeakValueDictionary()
 
     def at(self, device: torch.device) -> Device:
-        """The device's driver and pool, made at the first use."""
+        """Return the device's driver and pool, made at the first use."""
         with self._lock:
             found = self._devices.get(device)
             if found is None:

@@ -36,7 +36,7 @@ class StorageView:
         return (self.offset + extent(self.size, self.stride)) * self.dtype.itemsize
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        """The tensor, one of its own (no autograd view)."""
+        """Return the tensor, one of its own (no autograd view)."""
         return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
             storage, self.offset, self.size, self.stride
         )
@@ -136,7 +136,7 @@ class Layout:
 
 
 def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any], values: Values) -> Layout | Refusal:
-    """The layout of what one run at a bucket's sizes returned.
+    """Return the layout of what one run at a bucket's sizes returned.
 
     Outputs that share a storage share a range. Returns a refusal if the run contradicts what the analysis expects.
     """
@@ -179,7 +179,7 @@ def handed_back(region: Region) -> frozenset[int]:
 
 
 def _view_of_static(output: torch.Tensor, static: Sequence[tuple[int, torch.Tensor]]) -> Returned | None:
-    """The output as a view of the static input that holds all of it, if there is one."""
+    """Return the output as a view of the static input that holds all of it, if there is one."""
     view = _view_of(output)
     for index, source in static:
         if source.untyped_storage()._cdata != output.untyped_storage()._cdata:
@@ -193,7 +193,7 @@ def _view_of_static(output: torch.Tensor, static: Sequence[tuple[int, torch.Tens
 
 
 def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
-    """The layout of a call's real rows inside a bucket's: same places, the sizes and strides of the call."""
+    """Return the layout of a call's real rows inside a bucket's: same places, the sizes and strides of the call."""
     entries: list[Entry] = []
     for entry, known in zip(bucket.entries, region.outputs, strict=True):
         if isinstance(known, TensorOutput) and isinstance(entry, _VIEWS) and entry.view is not None:
@@ -218,7 +218,7 @@ def _real_rows(
 
 
 def apart_refusal(layout: Layout) -> Refusal | None:
-    """A refusal if outputs that share memory would each be copied compactly, and not share it any more."""
+    """Return a refusal if outputs that share memory would each be copied compactly, and not share it any more."""
     pooled = [entry.range for entry in layout.entries if isinstance(entry, (Pooled, Compacted))]
     compacted = {entry.range for entry in layout.entries if isinstance(entry, Compacted)}
     if any(pooled.count(index) > 1 for index in compacted):
@@ -227,7 +227,7 @@ def apart_refusal(layout: Layout) -> Refusal | None:
 
 
 def range_nbytes_at(region: Region, bucket: Layout, values: Values) -> tuple[int, ...]:
-    """Bytes that a bucket of other sizes will need of each range."""
+    """Return the bytes that a bucket of other sizes will need of each range."""
     entries: list[Entry] = []
     for entry, known in zip(bucket.entries, region.outputs, strict=True):
         if isinstance(known, TensorOutput) and isinstance(entry, Pooled):
@@ -318,7 +318,7 @@ def make_outputs(
 
 
 def detached(result: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The first entries of a result along every dim, in memory of their own, in the result's order of dims."""
+    """Return the first entries of a result along every dim, in memory of their own, in the result's order of dims."""
     for dim, length in enumerate(size):
         result = result.narrow(dim, 0, length)
     return result.clone()

@@ -32,7 +32,7 @@ class Payoff:
     def refusal(
         self, sizes: Sizes, copied: int, plain: Callable[[], object], replay: Callable[[], object]
     ) -> Refusal | None:
-        """Why calls of a bucket had better run plain; ``None`` if replaying is not slower, or can't be measured.
+        """Return why calls of a bucket had better run plain; ``None`` if replaying is not slower, or can't be measured.
 
         Both are run several times, in turn. ``copied`` are the bytes of arguments that a replay copies first.
         """

@@ -89,7 +89,7 @@ class Places:
         admission.unused[route.sizes] = 0
 
     def _is_called_at(self, place: Place, args: list[Any]) -> bool:
-        """Whether a call has a place's static inputs and objects."""
+        """Return whether a call has a place's static inputs and objects."""
         return addresses_equal(args, place.static_addresses, self._static) and (
             not self._objects or all(args[i] is o for i, o in zip(self._objects, place.objects, strict=True))
         )
@@ -97,7 +97,7 @@ class Places:
     # ---- the way to a route
 
     def _new_route(self, plan: Plan, where: Where, args: list[Any]) -> Route | Refusal:
-        """A route to a place where nothing is alive in what is written.
+        """Return a route to a place where nothing is alive in what is written.
 
         Its place may lack a graph for the plan's bucket, and if it is new, outputs. Outputs of this step will die with
         it, so that a new place for each is of use again in the next step. Those of earlier steps are kept by a caller
@@ -139,7 +139,7 @@ class Places:
         return self._route_to(place, plan, where, args)
 
     def _is_kept(self, taken: OutputRange) -> bool:
-        """Whether an output of this region is alive there."""
+        """Return whether an output of this region is alive there."""
         return taken.loan is not None and taken.loan.region == self._region.name and taken.is_live()
 
     def note_copies(self, place: Place, copies: Mapping[int, torch.UntypedStorage]) -> None:
@@ -165,7 +165,7 @@ class Places:
         return other is not place and is_twin and is_idle and any(map(self._is_kept, other.outputs))
 
     def _may_be_lost(self, blockers: Sequence[OutputRange], where: Where, args: Sequence[Any]) -> bool:
-        """Whether later uses of live outputs may raise instead, if the user chose that.
+        """Return whether later uses of live outputs may raise instead, if the user chose that.
 
         Never of an output of this step, nor of another thread, which may be reading it at this moment: steps are
         counted for all threads together. Nor of what a backward may need, or what the call itself is given.
@@ -182,7 +182,7 @@ class Places:
         )
 
     def _offsets_read(self, where: Where, args: Sequence[Any]) -> list[int]:
-        """Where in the pool, or outside of it, arguments are that must stay there: those that are not copied."""
+        """Return where in the pool, or outside of it, arguments are that must stay there: those that are not copied."""
         static = [args[index].data_ptr() - self._pool.address for index in self._static]
         return [*static, *(found for found in where if found is not None)]
 
@@ -286,7 +286,7 @@ class Places:
             self._routes[key] = [route for route in routes if route.place is not place]
 
     def provide(self, route: Route, range_nbytes: Sequence[int], provided: Sequence[int]) -> Route:
-        """The same route, or one to a new place with the same inputs, where outputs of ``range_nbytes`` fit.
+        """Return the same route, or one to a new place with the same inputs, where outputs of ``range_nbytes`` fit.
 
         A new place has room for the ``provided`` bytes, if they can be had. Raises ``torch.OutOfMemoryError``.
         """
@@ -329,7 +329,7 @@ class Places:
             place.graphs.pop(sizes, None)
 
     def has_room(self) -> bool:
-        """Whether one more graph may be held; those of a place that is idle for long make room."""
+        """Return whether one more graph may be held; those of a place that is idle for long make room."""
         return not self.is_full() or self._drop_idle_place()
 
     def is_full(self) -> bool:

@@ -140,7 +140,7 @@ class Planner:
         return [d for d in dims if any(values[s] != padded[s] for s in d.symbols)]
 
     def _bucket_sizes(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
-        """The capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
+        """Return the capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
         values = dict(self.region.values(sizes))
         for dim in dims:
             found = {values[s] for s in dim.symbols}

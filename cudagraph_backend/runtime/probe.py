@@ -115,7 +115,7 @@ def probe(state: RegionState, plan: Plan, args: Sequence[Any]) -> Refusal | Post
 
 
 def suspects(plan: Plan) -> tuple[DynamicDim, ...]:
-    """The dims that a failure tells against: those without a proof, if there are any."""
+    """Return the dims that a failure tells against: those without a proof, if there are any."""
     return tuple(dim for dim in plan.to_probe if dim.to_probe is not None) or plan.to_probe
 
 
@@ -212,7 +212,7 @@ def _run(state: RegionState, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _fills(state: RegionState, plan: Plan) -> list[Fill]:
-    """One per run in the bucket."""
+    """Return one per run in the bucket."""
     if not state.region.takes_extremes or all(dim.needs_fill for dim in plan.to_probe):
         return [_leave]
     return [_fill_nan, partial(_fill_extremes, torch.Generator(state.region.device).manual_seed(_SEED))]

@@ -83,7 +83,7 @@ class Reading:
         return self.is_fixed and self.may_stay and self.nbytes >= _CACHE_NBYTES
 
     def found_in(self, pool: OutputPool, tensor: torch.Tensor) -> OutputRange | None:
-        """The range of the pool where the argument can be read as it lies; ``None`` if it must be copied.
+        """Return the range of the pool where the argument can be read as it lies; ``None`` if it must be copied.
 
         Padded rows will be overwritten there, so nothing real may come behind the argument: in ``y[:k]`` it does.
         """

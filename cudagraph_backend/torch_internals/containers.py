@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors in nested containers (those that pytree knows), in order."""
+    """Return the tensors in nested containers (those that pytree knows), in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 

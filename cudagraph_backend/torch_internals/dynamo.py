@@ -69,7 +69,7 @@ def _backends_of(context: Any) -> tuple[Any, ...]:
 
 
 def call_input(node: torch.fx.Node) -> int | None:
-    """Which input of the Dynamo graph a region's input is, unchanged; ``None`` for all that AOTAutograd adds.
+    """Return which input of the Dynamo graph a region's input is, unchanged; ``None`` for all that AOTAutograd adds.
 
     Holds for backward regions too: what the forward hands on to them as it got it.
     """

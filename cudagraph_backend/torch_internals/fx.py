@@ -13,7 +13,7 @@ from cudagraph_backend.torch_internals.schemas import is_operator
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> Any:
-    """The mode that the values of a graph were traced in; new values must be made in the same one."""
+    """Return the mode that the values of a graph were traced in; new values must be made in the same one."""
     return detect_fake_mode(
         [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     )
@@ -30,24 +30,24 @@ def trace_missing_values(graph: torch.fx.Graph) -> None:
 
 
 def flat_arguments(node: torch.fx.Node) -> list[Any]:
-    """What a node is called with, without the lists, tuples and dicts around it."""
+    """Return what a node is called with, without the lists, tuples and dicts around it."""
     return tree_leaves([node.args, node.kwargs])
 
 
 def subgraphs_of(node: torch.fx.Node) -> list[torch.fx.GraphModule]:
-    """The graphs that a higher-order operator is given, each once."""
+    """Return the graphs that a higher-order operator is given, each once."""
     found = [submodule_of(read) for read in node.all_input_nodes if read.op == "get_attr"]
     return [module for module in found if module is not None]
 
 
 def submodule_of(node: torch.fx.Node) -> torch.fx.GraphModule | None:
-    """The graph that a node gives to a higher-order operator; ``None`` if it gives anything else."""
+    """Return the graph that a node gives to a higher-order operator; ``None`` if it gives anything else."""
     found = attribute_of(node)
     return found if isinstance(found, torch.fx.GraphModule) else None
 
 
 def attribute_of(node: torch.fx.Node) -> Any:
-    """What a ``get_attr`` node reads; ``None`` if its graph has no module, or that not this attribute."""
+    """Return what a ``get_attr`` node reads; ``None`` if its graph has no module, or that not this attribute."""
     found: Any = node.graph.owning_module
     for name in str(node.target).split("."):
         found = getattr(found, name, None)
@@ -55,7 +55,7 @@ def attribute_of(node: torch.fx.Node) -> Any:
 
 
 def number_of(node: torch.fx.Node) -> Any:
-    """The number in a tensor without dims that a ``get_attr`` node reads; ``None`` if it isn't known."""
+    """Return the number in a tensor without dims that a ``get_attr`` node reads; ``None`` if it isn't known."""
     found = attribute_of(node)
     if not isinstance(found, torch.Tensor) or isinstance(found, FakeTensor):
         return None

@@ -18,7 +18,7 @@ _CALLED = re.compile(r"\btorch\.ops\.(\w+\.\w+\.\w+)\(")
 
 
 def failed_operator(error: BaseException) -> str | None:
-    """The operator that a region's code was calling when an error was raised: ``namespace.name.overload``.
+    """Return the operator that a region's code was calling when an error was raised: ``namespace.name.overload``.
 
     Generated code calls what it does not generate by name, each on a line of its own.
     """
@@ -47,7 +47,7 @@ def output_strides(compiled: CompiledFxGraph) -> Sequence[tuple[str, ...] | None
 
 
 def mutated_inputs(compiled: CompiledFxGraph) -> frozenset[int]:
-    """Indices of the inputs that the compiled region writes to."""
+    """Return the indices of the inputs that the compiled region writes to."""
     return frozenset(compiled.mutated_input_idxs)
 
 
@@ -57,7 +57,7 @@ def uncapturable_reason(compiled: CompiledFxGraph) -> str | None:
 
 
 def unbound_sizes(compiled: Any) -> list[str]:
-    """The names of sizes that generated code reads and nothing in it defines.
+    """Return the names of sizes that generated code reads and nothing in it defines.
 
     Inductor counts on sizes of the frame that the graph was cut from (seen with torch 2.11, in the checks of sizes
     that depend on data).

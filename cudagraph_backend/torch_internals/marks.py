@@ -11,7 +11,7 @@ Bounds = tuple[int | None, int | None]
 
 
 def marked_dims(tensor: torch.Tensor) -> dict[int, Bounds]:
-    """The dims that ``torch._dynamo.mark_dynamic`` has marked, ascending, with the bounds given there."""
+    """Return the dims that ``torch._dynamo.mark_dynamic`` has marked, ascending, with the bounds given there."""
     bounds = {mark.dim: (mark.min, mark.max) for mark in getattr(tensor, "_dynamo_dynamic_range", ())}
     return {dim: bounds.get(dim, (None, None)) for dim in sorted(getattr(tensor, "_dynamo_dynamic_indices", ()))}
 

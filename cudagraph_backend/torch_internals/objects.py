@@ -12,7 +12,7 @@ _is_constant_type = getattr(getattr(torch._library, "opaque_object", None), "is_
 
 
 def is_generator(value: Any) -> bool:
-    """Whether an argument is a ``torch.Generator``, or stands for one while a region is compiled."""
+    """Return whether an argument is a ``torch.Generator``, or stands for one while a region is compiled."""
     return isinstance(_real_object(value), torch.Generator)
 
 
@@ -29,7 +29,7 @@ def never_changes(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """The name of an argument's class."""
+    """Return the name of an argument's class."""
     return type(_real_object(value)).__name__
 
 

@@ -16,7 +16,7 @@ SINK_TOKENS = torch.ops.prims._sink_tokens.default
 
 
 def is_registered_operator(name: str) -> bool:
-    """Whether there is an operator of that name, given with or without its overload."""
+    """Return whether there is an operator of that name, given with or without its overload."""
     packet, _, overload = name.partition(".")
     namespace, _, short = packet.partition("::")
     if namespace == "higher_order":
@@ -26,17 +26,17 @@ def is_registered_operator(name: str) -> bool:
 
 
 def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
-    """Whether an FX node's target is an overload of an operator (ATen, prims or custom)."""
+    """Return whether an FX node's target is an overload of an operator (ATen, prims or custom)."""
     return isinstance(target, torch._ops.OpOverload)
 
 
 def is_higher_order(target: Any) -> bool:
-    """Whether an FX node's target takes graphs as arguments (``torch.cond``, ``scan``, …)."""
+    """Return whether an FX node's target takes graphs as arguments (``torch.cond``, ``scan``, …)."""
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def bound_arguments(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a higher-order operator by the names that its call gives them."""
+    """Return the arguments of a higher-order operator by the names that its call gives them."""
     bound = inspect.signature(type(node.target).__call__).bind(None, *args, **kwargs)
     bound.apply_defaults()
     return {name: value for name, value in bound.arguments.items() if name != "self"}
@@ -71,7 +71,7 @@ def _is_written(argument: Any) -> bool:
 
 
 def calls_its_graph(target: torch._ops.HigherOrderOperator) -> bool:
-    """Whether a higher-order operator is of those that do no more than call the graph they are given."""
+    """Return whether a higher-order operator is of those that do no more than call the graph they are given."""
     return any(base.__name__ == "BaseHOP" for base in type(target).__mro__)
 
 
@@ -85,6 +85,6 @@ def operator_schema(target: torch._ops.OpOverload) -> torch.FunctionSchema:
 
 
 def returns_view(target: torch._ops.OpOverload) -> bool:
-    """Whether an operator returns views of an argument, and writes to none."""
+    """Return whether an operator returns views of an argument, and writes to none."""
     returns = target._schema.returns
     return not target._schema.is_mutable and any(r.alias_info is not None for r in returns)

@@ -53,7 +53,7 @@ class Shapes:
         return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
 
     def admits(self, sizes: Sequence[int]) -> bool:
-        """Whether the compiled region is valid for these values of its SymInt inputs, in their order.
+        """Return whether the compiled region is valid for these values of its SymInt inputs, in their order.
 
         What the code checks while running, of sizes that depend on data, must hold for them, too.
         """
@@ -61,13 +61,13 @@ class Shapes:
         return all(each.xreplace(values) == sympy.true for each in self._asserts) and self.are_guarded(sizes)
 
     def are_guarded(self, sizes: Sequence[int]) -> bool:
-        """Whether these values pass the guards that compiling the region took for granted."""
+        """Return whether these values pass the guards that compiling the region took for granted."""
         if self._guards is None:
             return True
         return bool(self._env.evaluate_guards_expression(self._guards, list(sizes)))  # type: ignore[union-attr]
 
     def parse(self, expression: str) -> sympy.Expr:
-        """The expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
+        """Return the expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
         # Not the environment's own deserialize_symexpr, which can't tell the number of a jagged dim's lengths.
         return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
 
@@ -87,18 +87,18 @@ def _by_name(symints: Sequence[torch.SymInt]) -> dict[str, torch.SymInt]:
 
 
 def is_jagged_size(value: Any) -> bool:
-    """Whether an int argument stands for the lengths of a jagged dim: it names them, and is no number."""
+    """Return whether an int argument stands for the lengths of a jagged dim: it names them, and is no number."""
     # What it was made for is a number where it is one, and another such name where it is not.
     return isinstance(value, torch.SymInt) and isinstance(value.node.hint, torch.SymInt)
 
 
 def expr(value: Any) -> Any:
-    """A size, or a number computed from sizes, as a sympy expression over the region's symbols."""
+    """Return a size, or a number computed from sizes, as a sympy expression over the region's symbols."""
     return value.node.expr if isinstance(value, SYMBOLIC) else sympy.sympify(value)
 
 
 def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
-    """The symbols in a number, or in the layout of a tensor."""
+    """Return the symbols in a number, or in the layout of a tensor."""
     numbers: list[Any] = [value] if isinstance(value, SYMBOLIC) else []
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
         numbers = [*value.shape, *value.stride(), value.storage_offset()]

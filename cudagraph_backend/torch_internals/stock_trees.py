@@ -8,7 +8,7 @@ from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
 
 
 def current_step() -> tuple[int, int]:
-    """The step as PyTorch's own trees count it.
+    """Return the step as PyTorch's own trees count it.
 
     Every outermost compiled call is a step; from the first ``torch.compiler.cudagraph_mark_step_begin()`` on, these
     calls say where steps begin (the second number, which falls). Read from ``cudagraph_trees.get_curr_generation``.
@@ -26,7 +26,7 @@ def forget_marked_steps() -> None:
 
 
 def stock_graph_count(device: torch.device) -> int:
-    """The graphs that PyTorch's own cudagraph trees hold; they keep no counter, so the tree is walked."""
+    """Return the graphs that PyTorch's own cudagraph trees hold; they keep no counter, so the tree is walked."""
     manager = get_manager(device.index or 0, create_if_none_exists=False)
     waiting = [node for nodes in manager.roots.values() for node in nodes] if manager else []
     count = 0

@@ -27,19 +27,19 @@ What Inductor's code makes its views with; it does not go through the dispatcher
 
 
 def storage_users(cdata: int) -> int:
-    """How many references hold the storage at address ``cdata`` (``UntypedStorage._cdata``)."""
+    """Return how many references hold the storage at address ``cdata`` (``UntypedStorage._cdata``)."""
     return torch._C._storage_Use_Count(cdata)
 
 
 def addresses_equal(tensors: list[Any], addresses: list[int | None], indices: list[int]) -> bool:
-    """Whether the tensors at ``indices`` are at their ``addresses`` (a list as long as ``tensors``)."""
+    """Return whether the tensors at ``indices`` are at their ``addresses`` (a list as long as ``tensors``)."""
     if _ADDRESSES_EQUAL is not None:
         return _ADDRESSES_EQUAL(tensors, addresses, indices)
     return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
 def borrowed_memory(address: int, nbytes: int, device: torch.device) -> torch.UntypedStorage:
-    """A storage over memory that somebody else owns, and that must be there whenever it is read or written."""
+    """Return a storage over memory that somebody else owns, and that must be there whenever it is read or written."""
     return torch._C._construct_storage_from_data_pointer(address, device, nbytes)  # type: ignore[return-value]
 
 

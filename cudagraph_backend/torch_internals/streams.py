@@ -6,12 +6,12 @@ import torch
 
 
 def current_stream(device: torch.device) -> tuple[int, int, int]:
-    """The id of the device's current stream, its device index and its device type."""
+    """Return the id of the device's current stream, its device index and its device type."""
     return torch._C._cuda_getCurrentStream(device.index)
 
 
 def raw_stream(device_index: int) -> int:
-    """The device's current stream as the driver's handle."""
+    """Return the device's current stream as the driver's handle."""
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 

@@ -61,7 +61,7 @@ def forget_output_strides() -> None:
 
 
 def visible_outputs(graph: torch.fx.Graph) -> Sequence[int]:
-    """Indices of the outputs whose strides Inductor must keep."""
+    """Return the indices of the outputs whose strides Inductor must keep."""
     return graph.output_node().meta.get("user_visible_output_idxs", ())
 
 
@@ -70,7 +70,7 @@ def mark_visible(graph: torch.fx.Graph, indices: list[int]) -> None:
 
 
 def module_of(graph: torch.fx.Graph, whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A module of a part of the graph of ``whole``, with the constants and the sizes' environment of that.
+    """Return a module of a part of the graph of ``whole``, with the constants and the sizes' environment of that.
 
     The graphs inside are copied: Inductor changes what it compiles, and may be given several parts that hold them.
     """

@@ -80,7 +80,7 @@ class Table:
 def jobs(
     copy: StagedCopy, stride: Sequence[int] | None, source: int = ADDRESS, alignment: int = 16
 ) -> tuple[Job, ...] | None:
-    """The jobs of one staged input; ``None`` if the kernel can't do one of them.
+    """Return the jobs of one staged input; ``None`` if the kernel can't do one of them.
 
     Args:
         stride: of the argument, as ``StagedCopy.argument`` makes it; ``None`` for one that is read in place, whose
@@ -170,7 +170,7 @@ def _pattern(copy: StagedCopy) -> int | None:
 
 
 def table(listed: Sequence[Job]) -> Table:
-    """The jobs as the kernel reads them, shared out to programs."""
+    """Return the jobs as the kernel reads them, shared out to programs."""
     dims = FEW_DIMS if all(len(job.dims) <= FEW_DIMS for job in listed) else MAX_DIMS
     chunk = BLOCK * max(1, -(-sum(job.units for job in listed) // (BLOCK * _PROGRAMS)))
     shares = [(n, first) for n, job in enumerate(listed) for first in range(0, job.units, chunk)]
