@@ -106,7 +106,7 @@ def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInpu
 
 
 def _refused_unstaged(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
-    """Refuse a size of a tensor that is not padded, as no operator reads it: generated code may check it, or read it."""
+    """Refuse the size of a tensor that no operator reads: it is not padded, and generated code may check or read it."""
     staged = {tensor.name for tensor in inputs}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
