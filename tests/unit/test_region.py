@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 import cudagraph_backend
 from cudagraph_backend import torch_internals
 from cudagraph_backend.backend import _FrameCompile
+from cudagraph_backend.debug import Debug
 from cudagraph_backend.drivers.host import HostDriver
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
@@ -320,7 +321,7 @@ def test_a_generator_is_drawn_from_at_every_call_and_has_graphs_of_its_own(
         return capture(self, run, draws=draws, stages=stages, generators=generators)
 
     monkeypatch.setattr(HostDriver, "capture", keep)
-    frame = _FrameCompile(cudagraph_backend.sharedgraph, Options(), (), frozenset())
+    frame = _FrameCompile(cudagraph_backend.sharedgraph, Options(), Debug(), (), frozenset())
     call = frame.compile_region(*noisy_region(), is_inference=True, static_input_idxs=[])
     ours, eagers = ([torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2))
     x = torch.randn(3)
