@@ -107,6 +107,8 @@ def driver_refusal(name: str, device: torch.device) -> Refusal | None:
     platform = platform_of(device)
     if platform is None:
         return device_refusal(device)
+    if platform.new_driver is None:
+        return platform.refusal()
     if name not in ("auto", platform.name):
         return Refusal(f"driver {name!r} can't capture a region on {device.type}")
     return platform.refusal()

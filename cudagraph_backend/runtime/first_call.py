@@ -140,7 +140,7 @@ class FirstCalls:
             return None
 
         def replay() -> None:  # all that a call costs here
-            state.places.route(plan, args)
+            state.places.look_up(plan, args)
             graph.replay(route.stage, args)
             state.views(plan, route, args, {})
 

@@ -74,12 +74,19 @@ class Places:
     def route(self, plan: Plan, args: list[Any]) -> Route | Refusal:
         """Return a route to a place where nothing is alive in what a call writes: one with a graph, if there is one."""
         where = self._finder.where(plan, args)
+        return self._known_route(plan, where, args) or self._new_route(plan, where, args)
+
+    def look_up(self, plan: Plan, args: list[Any]) -> Route | None:
+        """Do what finding a route takes where there is one, and nothing else: to measure it."""
+        return self._known_route(plan, self._finder.where(plan, args), args)
+
+    def _known_route(self, plan: Plan, where: Where, args: list[Any]) -> Route | None:
         sizes = plan.bucket.sizes
         for route in self._routes.get((plan.sizes, sizes, where), ()):
             place = route.place
             if sizes in place.graphs and self._is_called_at(place, args) and self._pool.live.are_free(route.writes):
                 return route
-        return self._new_route(plan, where, args)
+        return None
 
     def note_replay(self, route: Route) -> None:
         """Note that a call was answered from a graph."""

@@ -66,9 +66,9 @@ class Replayer:
 
     def reset(self) -> None:
         """Forget graphs and places; the next call starts anew."""
+        self.counters = Counters()  # first, as a state that another thread makes meanwhile counts in them
         self.state: RegionState | None = None
         self._refusal = self.region.refusal
-        self.counters = Counters()
         self._is_known = False
 
     # ---- the hot path

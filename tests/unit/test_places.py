@@ -131,6 +131,22 @@ def spans(route: Route | None) -> list[tuple[int, int]]:
     return [*route.place.inputs, *(taken.span for taken in route.place.outputs)]
 
 
+def test_to_look_a_route_up_makes_no_place_and_takes_no_memory(pool: OutputPool, step: list[int]):
+    """What a call costs is measured so; nothing must come of it but a number."""
+    call = Caller(pool, step, static=1, on_overwrite="error")
+    weight, x = torch.ones(4), torch.ones(1, 128)
+    kept = call(weight, x)
+    plan, before = plan_for(call.places), (pool.nbytes, len(call.places.listed), call.places._admission.calls)
+    step[0] += 1
+    assert call.places.look_up(plan, [weight, x]) is None, "its output is kept"
+    assert call.places.look_up(plan, [torch.ones(4), x]) is None, "there is no graph for other parameters"
+    assert (pool.nbytes, len(call.places.listed), call.places._admission.calls) == before
+    assert isinstance(kept, torch.Tensor)
+    assert kept.isfinite().all(), "it was not invalidated"
+    del kept
+    assert call.places.look_up(plan, [weight, x]) is call.route
+
+
 # ------------------------------------------------------------------------------------------------ one place
 
 
