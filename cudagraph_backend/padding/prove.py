@@ -44,7 +44,7 @@ class Verdict:
 def prove(
     graph: Graph, symbols: frozenset[sympy.Symbol], fill: Fill | Mapping[str, Fill], *, masked: bool = False
 ) -> Verdict:
-    """Tries to prove that running ``graph`` with the dim of ``symbols`` padded leaves every real row as it is.
+    """Try to prove that running ``graph`` with the dim of ``symbols`` padded leaves every real row as it is.
 
     First with padded rows that hold anything, then with padded rows that hold ``fill`` (the same in all inputs, or by
     the input's name in the graph; in others anything), then, if ``masked``, with masks in the graph where that is not

@@ -55,7 +55,7 @@ class Walk:
         return tuple(self._output(item) for item in self._walk(graph))
 
     def _walk(self, graph: Graph) -> list[Any]:
-        """Find the rows of all nodes; gives the outputs."""
+        """Find the rows of all nodes; return the outputs."""
         for node in graph.nodes:
             self.node = node
             if node.op == "output":
@@ -181,7 +181,7 @@ class Walk:
         return [(), *listed] if is_silent else listed
 
     def _inside(self, node: Node) -> Found:
-        """The rows of what a graph inside this one returns: it is walked with those of its arguments, without masks."""
+        """Return the rows of what a graph inside this one returns, from those of its arguments; it gets no masks."""
         module = submodule_of(node.args[0])  # type: ignore[arg-type]
         if module is None:
             raise RefusePadding("what it runs can't be found")
@@ -201,7 +201,10 @@ class Walk:
         return found
 
     def _taken_back(self, node: Node) -> Found | None:
-        """The rows of what was padded behind and is now cut back to what it was, as CUDA's attention aligns masks."""
+        """Return the rows of what was padded behind and is now cut back to what it was; ``None`` for other slices.
+
+        CUDA's attention aligns masks so.
+        """
         pad = node.args[0]
         if not isinstance(pad, Node) or pad.target is not torch.ops.aten.constant_pad_nd.default:
             return None
@@ -290,7 +293,7 @@ class Walk:
         return Operand(self.sizes.shape(val), val.dtype, None, axes, node, role)  # type: ignore[arg-type]
 
     def _checked(self, node: Node, value: Found) -> Found:
-        """``value``, after checking it against the shape of the node's result, so that no rule can be wrong there."""
+        """Return ``value``, checked against the shape of the node's result, so that no rule can be wrong there."""
         val = node.meta.get("val")
         if isinstance(value, (list, RefusePadding)) or isinstance(val, (list, tuple, dict)) or val is None:
             return value
