@@ -85,12 +85,12 @@ def unconfigure() -> None:
 
 
 def stats() -> Stats:
-    """Counts and memory since the last reset."""
+    """Return counts and memory since the last reset."""
     return stats_of(sharedgraph)
 
 
 def explain() -> str:
-    """Per region, in words: where it comes from, what is padded and captured, what is not and why, and memory."""
+    """Return a text on each region: where it is from, what is padded or captured, what is not and why; and memory."""
     return explanation_of(sharedgraph)
 
 
@@ -108,5 +108,5 @@ def output_pool(device: torch.device | str | int) -> OutputPool:
 
 
 def alias_info(tensor: torch.Tensor) -> AliasInfo | None:
-    """Where in the output pool ``tensor`` lies, and which output it is or is a view of; ``None`` if not in the pool."""
+    """Return where in the pool ``tensor`` lies, and the output it is or is a view of; ``None`` if not in the pool."""
     return alias_info_of(sharedgraph, tensor)

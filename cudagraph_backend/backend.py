@@ -91,7 +91,7 @@ class Backend:
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[list[Replayer]]:
-        """What is called meanwhile is compiled, and runs, but captures and counts nothing; gives the regions called."""
+        """Let what is called meanwhile compile and run, but capture and count nothing; yields the regions called."""
         called: list[Replayer] = []
         self.rehearsing.called = called
         try:
@@ -125,7 +125,7 @@ class Backend:
     # ---- copies, and forks
 
     def __reduce__(self) -> str:
-        """Copied and pickled by name, as the one that serves the process."""
+        """Return the name by which the backend is copied and pickled, as the one that serves the process."""
         return "sharedgraph"
 
     def _watch_forks(self) -> None:
@@ -205,7 +205,7 @@ class _FrameCompile:
 
 
 def _begin_in_child(backend: weakref.ref[Backend]) -> None:
-    """Called in each forked child; no backend is kept alive for that."""
+    """Let the backend start anew in a forked child, if it is alive; being registered for that does not keep it so."""
     alive = backend()
     if alive is not None:
         alive.begin_in_child()

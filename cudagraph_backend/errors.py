@@ -36,7 +36,7 @@ class CaptureError(SharedGraphError, RuntimeError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory could not be had; beyond torch's allocator for CUDA there is no exception of its own for that."""
+    """Return whether memory could not be had; beyond torch's allocator for CUDA, no exception of its own says so."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 

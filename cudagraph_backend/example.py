@@ -25,7 +25,7 @@ class Axis:
     upper: int | None
 
     def joined(self, bounds: Bounds) -> Axis:
-        """With the bounds of one more dim."""
+        """Return the axis with the bounds of one more dim. Raises ``WarmupError`` if they contradict its own."""
         for own, other in zip((self.lower, self.upper), bounds, strict=True):
             if None not in (own, other) and own != other:
                 raise WarmupError(
@@ -149,7 +149,7 @@ def with_lengths(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tens
 
 
 def _run_backward(result: Any) -> None:
-    """Gradients of the summed outputs for all that they were computed from; they are added to no ``.grad``."""
+    """Compute gradients of the summed outputs for all that they were computed from; they are added to no ``.grad``."""
     outputs = [tensor for tensor in torch_internals.tensors_in(result) if tensor.grad_fn is not None]
     if not outputs:
         raise WarmupError(

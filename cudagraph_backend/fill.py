@@ -33,7 +33,7 @@ class InputName:
 
     @staticmethod
     def of(source: str) -> InputName:
-        """From Dynamo's expression for an input, e.g. ``L['batch']['labels']``; any other text names itself."""
+        """Read Dynamo's expression for an input, e.g. ``L['batch']['labels']``; any other text names itself."""
         try:
             parts = _parts(ast.parse(source, mode="eval").body)
         except (SyntaxError, ValueError):
@@ -95,7 +95,7 @@ def _number(value: float, name: str, dtype: torch.dtype) -> float:
 
 
 def _held(value: float, dtype: torch.dtype) -> float | None:
-    """``value`` as a number of the kind of ``dtype``; ``None`` if that can't hold it. Floats may be rounded."""
+    """Return ``value`` as a number of the kind of ``dtype``; ``None`` if that can't hold it. Floats may be rounded."""
     if not _is_float(dtype):
         lowest, highest = _limits(dtype)
         return int(value) if lowest <= value <= highest and value == int(value) else None

@@ -83,7 +83,7 @@ class Options:
 def options_of(
     given: Mapping[str, Any] | None, mode: str | None, configured: Mapping[str, Any], environment: str | None
 ) -> Options:
-    """The options of one compilation: those given with it, else what its mode, ``configure`` or the environment says.
+    """Return the options of one compilation: those given, else what its mode, ``configure`` or the environment says.
 
     Raises:
         OptionError: a bad option in ``given`` or the environment, or an unknown mode.
@@ -93,7 +93,7 @@ def options_of(
 
 
 def merged_options(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Checked options from several places, option by option (``inductor``: setting by setting); later ones win."""
+    """Merge checked options from several places, by option (``inductor``: setting by setting); later ones win."""
     merged: dict[str, Any] = {}
     for layer in layers:
         settings = {**merged.get("inductor", {}), **layer.get("inductor", {})}
@@ -115,7 +115,7 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 
 
 def environment_options(text: str | None) -> dict[str, Any]:
-    """The checked options in the environment variable's text; an empty one says nothing, as one that is not set."""
+    """Read and check the options in the environment variable's text; an empty one is as one that is not set."""
     if not text:
         return {}
     accepted = 'a JSON object of option names to values, such as {"pad": "off"}'

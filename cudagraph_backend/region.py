@@ -185,7 +185,7 @@ class Region:
         return any(not is_backed(s.size) for s in self.sizes)
 
     def values(self, sizes: Sequence[int]) -> dict[sympy.Symbol, int]:
-        """Symbol values for the sizes of a call (in the order of ``self.sizes``)."""
+        """Return the symbols' values for the sizes of a call (in the order of ``self.sizes``)."""
         return {s.size: n for s, n in zip(self.sizes, sizes, strict=True) if isinstance(s.size, sympy.Symbol)}
 
 

@@ -94,7 +94,7 @@ def stats_of(backend: Backend) -> Stats:
 
 
 def explanation_of(backend: Backend) -> str:
-    """Per region: source lines, verdict on each dynamic dim, buckets, fallbacks, memory."""
+    """Describe each region: source lines, verdict on each dynamic dim, buckets, fallbacks, memory."""
     replayers = backend.regions()
     if not replayers:
         return "sharedgraph: no region is compiled"
@@ -149,8 +149,10 @@ def _explain_memory(device: torch.device, state: Device, replayers: Sequence[Rep
 
 
 def _unmatched_fills(replayers: Sequence[Replayer]) -> list[str]:
-    """Names in the option ``fill`` that no input has. One region may well lack an input, but a name that all lack is
-    likely misspelt, or that of an argument that the model does not use.
+    """Report names in the option ``fill`` that no input has.
+
+    One region may well lack an input, but a name that all lack is likely misspelt, or that of an argument that the
+    model does not use.
     """
     lines, seen = [], []
     for fills in (replayer.options.fill for replayer in replayers):
@@ -165,7 +167,7 @@ def _unmatched_fills(replayers: Sequence[Replayer]) -> list[str]:
 
 
 def _explain_dim(dim: DynamicDim, probed: Sequence[int]) -> str:
-    """``probed`` are the buckets in which the dim passed the probe."""
+    """Describe a dim; ``probed`` are the buckets in which it passed the probe."""
     sizes = f"{dim.name} ({'any size' if dim.upper is None else f'up to {dim.upper}'})"
     if dim.refusal is not None:
         unproven = f" (not proven: {dim.to_probe})" if dim.to_probe is not None else ""
@@ -210,12 +212,12 @@ def _output_copies(replayer: Replayer) -> int:
 
 
 def _output_bytes(replayer: Replayer) -> list[int]:
-    """Per captured bucket, the bytes of its outputs."""
+    """Return, per captured bucket, the bytes of its outputs."""
     return [bucket.layout.nbytes for bucket in _buckets(replayer) if bucket.layout is not None]
 
 
 def _staging_bytes(replayers: Sequence[Replayer]) -> int:
-    """Of the pool's bytes, those to which inputs of these regions are copied."""
+    """Count the bytes of the pool to which inputs of these regions are copied."""
     return sum(
         end - first for first, end in merged(s for r in replayers for place in _places(r) for s in place.staging)
     )
@@ -240,7 +242,7 @@ class AliasInfo:
 
 
 def alias_info_of(backend: Backend, tensor: torch.Tensor) -> AliasInfo | None:
-    """The region and output that ``tensor``, or the tensor it is a view of, is; ``None`` if it is not in the pool."""
+    """Return the region and the output that ``tensor`` is or is a view of; ``None`` if it is not in the pool."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"alias_info: got a {type(tensor).__name__}; accepted is a torch.Tensor")
     device = backend.devices().get(tensor.device)

@@ -219,7 +219,7 @@ def _random_states_kept(call: ExampleCall) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress_bar(total: int) -> Iterator[Callable[[WarmedSize], None]]:
-    """Called with each record: a bar on standard error, if that is a terminal and tqdm is there, and the log."""
+    """Yield what takes each record to a bar on standard error (where there is a terminal and tqdm) and to the log."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -130,7 +130,7 @@ def complete(region: Region, compiled: Any) -> Region:
 
 
 def unsafe_ops(options: Options) -> frozenset[str]:
-    """The names of operators not to be captured: the user's, and those that Inductor's own setting has just now."""
+    """Return the names of operators not to be captured: the user's, and those in Inductor's own setting just now."""
     return frozenset((*options.uncapturable_ops, *torch_internals.ops_to_partition()))
 
 

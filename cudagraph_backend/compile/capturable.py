@@ -88,7 +88,7 @@ _MASKED_READS = ("aten::index", "aten::_unsafe_index")
 def capture_refusal(
     graph: Graph, example_inputs: Sequence[Any], devices: set[torch.device], unsafe: Collection[str] = ()
 ) -> Refusal | None:
-    """Why a region must always run as compiled code, or ``None``; ``unsafe`` names operators not to be captured."""
+    """Return why a region must always run as compiled code, or ``None``; ``unsafe`` names what must not be captured."""
     return (
         _refused_device(devices, graph)
         or next(iter(input_refusals(graph, example_inputs).values()), None)
@@ -97,7 +97,7 @@ def capture_refusal(
 
 
 def devices_of(graph: Graph) -> set[torch.device]:
-    """Every device on which a graph computes: none is ``meta``, nor that of an input which is only handed back.
+    """Return the devices on which a graph computes: not ``meta``, nor that of an input which is only handed back.
 
     If nothing is computed, those of the inputs.
     """
@@ -129,7 +129,7 @@ def tensors_of(node: Node) -> Iterator[torch.Tensor]:
 
 
 def value_of(node: Node) -> Any:
-    """What is known of a node's value, tokens apart; of several results, perhaps, only of those that are read."""
+    """Return what is known of a node's value, tokens apart; of several results, perhaps only of those that are read."""
     value = node.meta.get("val")
     if value is None and is_higher_order(node.target):
         return [value_of(user) for user in node.users if user.target is operator.getitem and not is_token(user)]
@@ -137,7 +137,7 @@ def value_of(node: Node) -> Any:
 
 
 def _devices(node: Node) -> set[torch.device]:
-    """Those of what a node gives, and of all that is computed inside it; ``meta`` holds shapes, and no memory."""
+    """Return the devices of what a node gives and of all it computes inside; not ``meta``, which has no memory."""
     inside = nodes_inside(node) if is_higher_order(node.target) and node.target.name() not in _INLINED else ()
     return {t.device for t in tensors_of(node) if t.device.type != "meta"}.union(*map(_devices, inside))
 

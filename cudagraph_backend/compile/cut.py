@@ -153,7 +153,7 @@ class _Cutter:
         return Split(tuple(parts), Wiring(self._sizes, tuple(constants), all_reads, all_makes, results))
 
     def _repeated_results(self, part_of: Mapping[Node, int]) -> Iterator[tuple[Node, int]]:
-        """A view or size that the region returns is computed in one part: where what it reads is made, or the last.
+        """Yield each returned view or size with the part to compute it: where what it reads is made, or the last.
 
         No graph can have a view of what only the CPU can read, for one.
         """
@@ -183,7 +183,7 @@ class _Cutter:
         return [node for node in self._nodes if node in inside]
 
     def _values_read(self, index: int) -> list[Value]:
-        """What a part is given: sizes whose symbols its values have, then inputs of the region and results of parts.
+        """Return what a part is given: sizes whose symbols its values have, then the region's inputs, parts' results.
 
         Inductor's cache knows the sizes of a call from numbers alone, so each is given as one, if a tensor has it too.
         """
@@ -233,7 +233,7 @@ class _Cutter:
         return module_of(graph, self._module)
 
     def _make_token(self, graph: Graph, node: Node, copies: dict[Value, Node]) -> None:
-        """Before the first operator with effects in a part."""
+        """Make the token from which the first operator with effects in a part starts."""
         for read in node.all_input_nodes:
             if is_token(read) and read not in copies:
                 copies[read] = graph.call_function(MAKE_TOKEN)
@@ -249,7 +249,7 @@ class _Cutter:
 
 
 def _sink_tokens(graph: Graph) -> None:
-    """Lets a graph keep its operators with effects, whether their results are read or not."""
+    """Let a graph keep its operators with effects, whether their results are read or not."""
     tokens = []
     for node in [node for node in graph.nodes if has_token(node)]:
         tokens.append(graph.call_function(operator.getitem, (node, 0)))

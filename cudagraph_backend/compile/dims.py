@@ -44,7 +44,7 @@ def dynamic_dims(
 
 
 def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
-    """``verdicts`` and one on ``symbols``; on a linked dim it takes the place of its parts."""
+    """Return ``verdicts`` with one on ``symbols``, which on a linked dim takes the place of those on its parts."""
     if any(symbols < verdict.symbols for verdict in verdicts):
         return verdicts
     verdict = judge(symbols)
@@ -72,7 +72,7 @@ def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: 
 def _verdict(
     graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, *, masked: bool
 ) -> Verdict:
-    """The verdict on ``symbols``, or on them together with the dims they index by row, where that is provable."""
+    """Judge ``symbols`` alone, or, where only that is provable, together with the dims that they index by row."""
     if options.pad == "off":
         return Verdict(symbols, Refusal("padding is off (option pad='off')"), False)
     if options.pad == "assume":
@@ -140,7 +140,7 @@ def _refused_stride(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
 
 
 def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
-    """Staging fills padded rows behind the real ones, so a padded size must be a whole multiple of the symbol."""
+    """Return why staging can't put padded rows behind the real ones, as when a size is no multiple of the symbol."""
     if (refusal := _refused_stride(tensor, symbols)) is not None:
         return refusal
     if tensor.role == "static" and tensor.symbols & symbols:
@@ -155,7 +155,7 @@ def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
 
 
 def _located(graph: Graph, tensor: TensorInput, refusal: Refusal) -> Refusal:
-    """``refusal`` of an input, with the source line that reads it: the graph's names of inputs are not the user's."""
+    """Return an input's ``refusal`` with the source line that reads it, as the user knows no names in the graph."""
     placeholder = next(node for node in graph.find_nodes(op="placeholder") if str(node.target) == tensor.name)
     return replace(refusal, source=first_use(placeholder))
 

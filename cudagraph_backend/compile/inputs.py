@@ -25,10 +25,11 @@ def tensor_inputs(
     names: Sequence[InputName],
     fills: Fills,
 ) -> tuple[TensorInput, ...]:
-    """One record per tensor argument. A static input with a dynamic dim is staged: each size has its own address.
+    """Return one record per tensor argument.
 
-    One on the device ``meta`` has none. One on another ``device`` than the region's is none of its inputs if it is only
-    handed back or asked for its size. ``names`` are those of the inputs of the user's call, in Dynamo's order.
+    A static input with a dynamic dim is staged: each size has its own address. A tensor on the device ``meta`` has
+    none. One on another ``device`` than the region's is none of its inputs if it is only handed back or asked for its
+    size. ``names`` are those of the inputs of the user's call, in Dynamo's order.
     """
     inputs = []
     for index, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
@@ -48,7 +49,7 @@ def tensor_inputs(
 
 
 def size_inputs(example_inputs: Sequence[Any]) -> tuple[SizeInput, ...]:
-    """Where a call's sizes are read: symbolic int arguments, then the dims of symbols that no such argument gives."""
+    """Return where a call's sizes are read: symbolic int arguments, then dims of symbols that none of these gives."""
     sizes = [
         SizeInput(index, None, expr(value))
         for index, value in enumerate(example_inputs)

@@ -112,7 +112,7 @@ def _cost(part_of: Mapping[Node, int], refused: Refusals) -> tuple[int, int]:
 
 
 def _levels(flow: Flow, refused: Refusals, first: int) -> Levels:
-    """Capturable are the even levels if ``first`` is 0, the odd ones if it is 1."""
+    """Return each operator's level; the even levels are capturable if ``first`` is 0, the odd ones if it is 1."""
     levels: Levels = {}
     writes = _writes_at_the_end(flow)
     last_in_order = 0
@@ -147,7 +147,7 @@ def _is_light(node: Node, refused: Refusals) -> bool:
 
 
 def _keeps_order(node: Node, refused: Refusals) -> bool:
-    """Random numbers, effects, and what an operator of the user's might do unseen happen in the order of the graph."""
+    """Return whether an operator runs in the graph's order: it draws, has effects, or may act unseen as the user's."""
     if waits(node.target):
         return False  # it belongs to the part of the collective that it waits for
     targets = list(targets_of(node))
@@ -161,7 +161,7 @@ def _keeps_order(node: Node, refused: Refusals) -> bool:
 
 
 def _sink(flow: Flow, refused: Refusals, levels: Levels) -> None:
-    """Lets operators that read arguments alone be where they are read: cast weights would be held from the start on."""
+    """Let operators that read arguments alone be where they are read: cast weights would be held from the start on."""
     readers: dict[Node, list[Node]] = {node: [] for node in levels}
     for node in levels:
         for needed in flow.needs[node]:
@@ -175,7 +175,7 @@ def _sink(flow: Flow, refused: Refusals, levels: Levels) -> None:
 
 
 def _place_writes(flow: Flow, writes: Sequence[Node], refused: Refusals, levels: Levels, first: int) -> None:
-    """An argument is changed where its value is made, but after all that reads it."""
+    """Place each write to an argument where its value is made, but after all that reads the argument."""
     last_read: Levels = {}
     for node, level in levels.items():
         last_read.update({read: max(level, last_read.get(read, 0)) for read in flow.reads[node]})
@@ -191,7 +191,7 @@ def _place_writes(flow: Flow, writes: Sequence[Node], refused: Refusals, levels:
 
 
 def _numbered(levels: Levels, refused: Refusals) -> dict[Node, int]:
-    """Each operator's part: adjacent levels of one kind are one part; a level of light operators joins the next one.
+    """Return each operator's part: adjacent levels of one kind are one; a level of light operators joins the next.
 
     One operator alone is not worth a graph next to others: to stage, replay and copy takes longer than to run it.
     """

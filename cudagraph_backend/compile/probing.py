@@ -55,7 +55,7 @@ def may_draw_random_numbers(graph: Graph) -> bool:
 
 
 def precision(graph: Graph) -> float:
-    """The largest machine epsilon among the graph's values, 0 without floats: how far right results may be apart."""
+    """Return the largest machine epsilon of the graph's values, 0 without floats: how far results may be apart."""
     dtypes = {tensor.dtype for node in nodes_in(graph) for tensor in tensors_of(node)}
     return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex), default=0.0)
 

@@ -148,7 +148,7 @@ class RegionCompile:
         return cut
 
     def _in_parts(self, gm: GraphModule, example_inputs: Sequence[Any], region: Region, cuts: _Cuts) -> Compiled | None:
-        """The call, in parts, of a region that can't be captured as a whole; ``None`` where that isn't possible."""
+        """Compile in parts a region that can't be captured as a whole; return its call, ``None`` if that fails."""
         if self._refused_device(main_device(gm.graph)):
             return None
         try:
@@ -187,7 +187,7 @@ class RegionCompile:
     def _compile_part(
         self, part: Part, region: Region, cut: Split, strides: dict[int, Any], stated: dict[int, Any]
     ) -> Compiled:
-        """Inductor's code for a part; ``strides`` get those of what it makes, for AOTAutograd; ``stated`` as text."""
+        """Compile a part with Inductor; ``strides`` get those of its results, for AOTAutograd, ``stated`` as text."""
         static = self.inductor.get("static_input_idxs") or ()
         # A tuple, where a region has a list: Inductor's cache must not take a part for a region.
         indices = tuple(i for i, slot in enumerate(part.reads) if slot in static)
@@ -230,7 +230,7 @@ class _Cuts:
         return self._entry
 
     def keep_bounds(self, region: Region) -> Region:
-        """The region with the bounds of sizes as they were when it was first seen: what is compiled adds others."""
+        """Return the region with the bounds its sizes had when it was first seen, as what is compiled adds others."""
         for dim in region.dims:
             for symbol in dim.symbols:
                 self._upper.setdefault(symbol, dim.upper)
@@ -239,7 +239,7 @@ class _Cuts:
         return dataclasses.replace(region, dims=dims)
 
     def keep_strides(self, strides: Sequence[Any]) -> None:
-        """What is compiled again must lay out its results as before: what reads them was compiled for that."""
+        """Note the strides of results. Raises ``CannotSplit`` if they changed: what reads them relies on the old."""
         before, self.strides = self.strides, strides
         for old, new in zip(before or (), strides, strict=False):
             if old is not None and new is not None and [*old] != [*new]:
@@ -315,7 +315,7 @@ def _has_strides(value: Any, stated: Sequence[str] | None, region: Region) -> bo
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], region: Region, kwargs: Mapping[str, Any]) -> Any:
-    """Inductor's code for a region, whose graph the analysis may have given more inputs."""
+    """Compile a region with Inductor; the analysis may have given its graph more inputs than ``example_inputs`` has."""
     inputs = gm.graph.find_nodes(op="placeholder")
     counts = [inputs[count.index].meta["val"] for count in region.counts]
     with torch_internals.without_graph_cache() if region.sizes_from_data else contextlib.nullcontext():

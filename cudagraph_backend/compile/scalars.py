@@ -19,7 +19,7 @@ _COPIES = (aten._to_copy.default, prims.device_put.default)
 
 
 def move_scalars(graph: Graph, device: torch.device) -> frozenset[int]:
-    """Lets a graph have on ``device`` all scalars on the CPU that nothing but operators there read.
+    """Let a graph have on ``device`` all scalars on the CPU that nothing but operators there read.
 
     Others, which are also returned, written, or read on the CPU, get a copy on ``device`` for the operators there.
     Returns the indices of inputs among those moved, which calls of the graph must move.
@@ -73,7 +73,7 @@ def _copy_scalars(graph: Graph, device: torch.device) -> None:
 
 
 def moving(call: Callable[[list[Any]], Sequence[Any]], indices: frozenset[int], device: torch.device) -> Any:
-    """``call`` with the arguments at ``indices`` on ``device``."""
+    """Wrap ``call`` so that it gets the arguments at ``indices`` on ``device``."""
 
     def call_with_moved(args: list[Any]) -> Sequence[Any]:
         for index in indices:

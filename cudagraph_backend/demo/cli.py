@@ -140,7 +140,7 @@ def serve(model: str, requests: int, seed: int, device: torch.device, chosen: Se
 
 @contextlib.contextmanager
 def progress_bar(total: int) -> Iterator[ways.Progress]:
-    """A progress bar on standard error, if that is a terminal and tqdm is there (``--model mlp`` works without)."""
+    """Show a progress bar on standard error, if that is a terminal and tqdm is there (``--model mlp`` needs none)."""
     try:
         from tqdm import tqdm
     except ImportError:

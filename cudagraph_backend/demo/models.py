@@ -60,7 +60,7 @@ def require(model: str, *packages: str) -> None:
 
 
 def _offline_transformers() -> Any:
-    """Transformers, told not to ask a model hub and not to draw progress bars of its own."""
+    """Import transformers, told not to ask a model hub and not to draw progress bars of its own."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Compile workers are forked after the tokenizer was used; it would warn about its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,7 +71,7 @@ def _offline_transformers() -> Any:
 
 
 def minilm_folder() -> Path:
-    """Where the installed package keeps the model's files; found without importing it (it would pull in much)."""
+    """Find the model's files in the installed package without importing it (it would pull in much)."""
     try:
         files = importlib.metadata.distribution(MINILM_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +83,7 @@ def minilm_folder() -> Path:
 
 
 def load_minilm() -> tuple[nn.Module, Any]:
-    """all-MiniLM-L6-v2 with its real weights in fp32, and its tokenizer."""
+    """Load all-MiniLM-L6-v2 with its real weights in fp32, and its tokenizer."""
     require("minilm", "transformers")
     folder = minilm_folder()
     transformers = _offline_transformers()
@@ -109,7 +109,7 @@ def build_llama(seed: int) -> nn.Module:
 
 
 def build_mlp(seed: int) -> nn.Module:
-    """``[B, 256]`` → ``[B, 10]`` through two hidden layers, with random weights."""
+    """Build a network from ``[B, 256]`` to ``[B, 10]`` with two hidden layers and random weights."""
     torch.manual_seed(seed)
     layers = (
         nn.LayerNorm(MLP_FEATURES),

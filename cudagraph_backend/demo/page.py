@@ -123,7 +123,7 @@ def way_table(ways: Sequence[WayResult]) -> list[str]:
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width: the first to the left, all others to the right; a rule under the header."""
+    """Align columns to equal width: the first to the left, all others to the right; a rule goes under the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -160,7 +160,7 @@ def _instead_of(pooled: int, apart: int) -> str:
 
 
 def padded_share(stats: dict[str, Any]) -> float:
-    """Padded rows as a share of all rows that ran."""
+    """Return padded rows as a share of all rows that ran."""
     rows = stats["rows_real"] + stats["rows_padded"]
     return stats["rows_padded"] / rows if rows else 0.0
 

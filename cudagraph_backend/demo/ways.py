@@ -86,7 +86,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def max_abs_error(result: Tensor, expected: Tensor) -> float:
-    """The greatest absolute difference; infinite if shapes or dtypes differ or the difference is not a number."""
+    """Return the greatest absolute difference; infinite if shapes or dtypes differ, or if it is not a number."""
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return math.inf
     error = (result - expected).abs().max().item() if expected.numel() else 0.0
@@ -110,7 +110,7 @@ WAYS = (
 
 
 def calls_in_all(ways: Iterable[Way], requests: int) -> int:
-    """How often progress is reported: eager always runs, for the references, and every other way in all its passes."""
+    """Count the reports of progress: eager always runs, for the references, and every other way in all its passes."""
     return requests * (1 + sum(way.untimed_passes + 1 for way in ways if way != EAGER))
 
 
@@ -174,13 +174,13 @@ def run_way(way: Way, workload: Workload, references: Sequence[Tensor], progress
 
 
 def _serve(served: Served, batch: Batch, expected: Tensor) -> tuple[float, float]:
-    """Seconds that one call took, and its error. The result dies here, as it does once a server has sent it."""
+    """Return the seconds that one call took, and its error. The result dies here, as once a server has sent it."""
     took, result = _timed(served, batch, expected.device)
     return took, max_abs_error(result, expected)
 
 
 def _timed(served: Served, batch: Batch, device: torch.device) -> tuple[float, Tensor]:
-    """Seconds from the call until the device has the result ready, and the result."""
+    """Return the seconds from the call until the device has the result ready, and the result."""
     _wait(device)
     start = time.perf_counter()
     result = served(*batch)
@@ -194,7 +194,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Free bytes of the GPU once everything that can be given back was given back."""
+    """Return the free bytes of the GPU once everything that can be given back was given back."""
     if device.type != "cuda":
         return None
     gc.collect()

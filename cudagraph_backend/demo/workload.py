@@ -78,7 +78,7 @@ def mark(batch: Batch, dims: Sequence[DynamicDim]) -> Batch:
 
 
 def row_counts(requests: int, seed: int) -> list[int]:
-    """The batch sizes, from 1 to ``MAX_ROWS``: 1–8 about as often as 8–64, as when a server takes what has arrived."""
+    """Draw batch sizes from 1 to ``MAX_ROWS``: 1–8 about as often as 8–64, as when a server takes what has arrived."""
     draw = random.Random(seed)
     return [int((MAX_ROWS + 1) ** draw.random()) for _ in range(requests)]
 
@@ -89,7 +89,7 @@ def read_sentences() -> list[str]:
 
 
 def draw_sentences(by_length: dict[int, list[str]], rows: int, draw: random.Random) -> list[str]:
-    """``rows`` sentences: first the longest kind is drawn, then one sentence of it, then others up to that length."""
+    """Draw ``rows`` sentences: first the longest kind, then one sentence of it, then others up to that length."""
     kinds = [length for length in LENGTH_WEIGHTS if by_length.get(length)]
     longest = draw.choices(kinds, [LENGTH_WEIGHTS[length] for length in kinds])[0]
     shorter = [sentence for length in kinds if length <= longest for sentence in by_length[length]]
@@ -103,7 +103,7 @@ def padded_length(tokens: int) -> int:
 
 
 def group_by_length(sentences: Sequence[str], tokenizer: Any) -> dict[int, list[str]]:
-    """Sentences under the padded length that each has on its own."""
+    """Group sentences by the padded length that each has on its own."""
     groups: dict[int, list[str]] = {}
     for sentence, ids in zip(sentences, tokenizer(list(sentences))["input_ids"], strict=True):
         groups.setdefault(padded_length(len(ids)), []).append(sentence)

@@ -32,7 +32,7 @@ class Driver(Protocol):
     def new_memory(self) -> Memory: ...
 
     def allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a buffer of a region that is run or captured."""
+        """Return memory for a buffer of a region that is run or captured."""
 
     def capture(
         self, run: Callable[[], None], *, draws: bool, stages: bool, generators: Sequence[torch.Generator] = ()
@@ -45,10 +45,10 @@ class Driver(Protocol):
         """
 
     def seconds(self, run: Callable[[], object]) -> float | None:
-        """How long a run takes until it is done on the device; ``None``, and no run, where that tells nothing."""
+        """Return the seconds that a run takes on the device; ``None``, without a run, where they would tell nothing."""
 
     def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
-        """What stages the arguments of calls that take one route; called for routes that no call may take, too."""
+        """Make what stages the arguments of calls that take one route, whether or not a call ever takes it."""
 
     def join(self) -> None:
         """Let the current stream wait for all that called, or that used what they got: calls share memory."""

@@ -199,7 +199,7 @@ class CudaDriver:
         return CudaGraph(graph, memory, executable, node)
 
     def _staging_node(self, graph: torch.cuda.CUDAGraph, idle: DeviceTable) -> StagingNode | None:
-        """Instantiates the graph. ``None`` where its parameters can't be set, which is told once."""
+        """Instantiate the graph. ``None`` where its parameters can't be set, which is told once."""
         try:
             graph.instantiate()
         except Exception as error:
@@ -303,7 +303,7 @@ def _capture_error(error: Exception) -> CaptureError:
 
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
-    """A collection inside capture may free CUDA objects, which breaks the capture, and costs most of its time."""
+    """Keep the garbage collector off: in a capture it may free CUDA objects, which breaks the capture, and is slow."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

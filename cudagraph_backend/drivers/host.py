@@ -41,7 +41,7 @@ class HostMemory:
 
 
 def _reserve(nbytes: int) -> mmap.mmap:
-    """An anonymous map of ``nbytes``, or of less where the system limits addresses (``ulimit -v``, overcommit)."""
+    """Map ``nbytes`` of anonymous memory, or less where the system limits addresses (``ulimit -v``, overcommit)."""
     try:
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
     except OSError:
@@ -81,13 +81,13 @@ class HostDriver:
         return HostGraph(run)
 
     def seconds(self, run: Callable[[], object]) -> None:
-        """Nothing is faster here than the plain call: graphs on the host are there for tests."""
+        """Return ``None``, without a run: graphs on the host are there for tests, and no faster than plain calls."""
 
     def prepare_staging(self, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]) -> Staging:
         return prepare(copies, in_place)
 
     def join(self) -> None:
-        """There are no streams."""
+        """Do nothing: there are no streams."""
 
     def is_capturing(self) -> bool:
         return False

@@ -110,7 +110,7 @@ def read_by(node: Node) -> list[Node]:
 
 
 def is_named(target: Any, names: Collection[str]) -> bool:
-    """Whether an operator is among ``names``, with its overload (``aten::mm.default``) or without (``aten::mm``)."""
+    """Return whether ``names`` has an operator, with its overload (``aten::mm.default``) or without (``aten::mm``)."""
     if is_higher_order(target):
         return f"higher_order::{target.name()}" in names
     if not is_operator(target):

@@ -82,7 +82,7 @@ def stage(copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy], args: Se
 
 
 def write_back(written: Sequence[StagedCopy], args: Sequence[torch.Tensor]) -> None:
-    """Copied arguments that the region wrote in place: their real rows go back to the caller's tensor."""
+    """Copy the real rows of arguments that the region wrote in place back to the caller's tensors."""
     for copy in written:
         copy.argument(args[copy.index]).copy_(copy.real)
 

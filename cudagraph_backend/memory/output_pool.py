@@ -52,12 +52,12 @@ class OutputPool:
         return self._memory.bytes_at(0, self._memory.nbytes)
 
     def bytes(self, offset: int, nbytes: int) -> torch.Tensor:
-        """``nbytes`` bytes as a uint8 tensor with a storage of its own, to write them."""
+        """Return ``nbytes`` bytes as a uint8 tensor with a storage of its own, to write them."""
         with outside_inference_mode():
             return self._memory.bytes_at(offset, nbytes)
 
     def find_room(self, nbytes: int, taken: Sequence[Span], preferred: Iterable[Span] = ()) -> OutputRange:
-        """A range of at least ``nbytes`` bytes in which nothing is live, or ``taken``: a preferred one, or the first.
+        """Find a range of at least ``nbytes`` in which nothing is live or ``taken``: a preferred one, or the first.
 
         What is taken outside of the pool does not matter. Raises ``torch.OutOfMemoryError`` if the device is full.
         """
@@ -75,7 +75,7 @@ class OutputPool:
         return self._range(offset, size)
 
     def _range(self, offset: int, nbytes: int) -> OutputRange:
-        """Ranges are the same where their bytes are."""
+        """Return the range of these bytes, the same one every time."""
         found = self._ranges.get((offset, nbytes))
         if found is None:
             found = self._ranges[offset, nbytes] = OutputRange(offset, nbytes)

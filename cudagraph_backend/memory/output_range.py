@@ -57,7 +57,7 @@ class RangeStorage:
         self._sources: dict[torch.dtype, torch.Tensor] = {}  # what outputs are made from
 
     def lend(self) -> None:
-        """Nobody else may hold the storage when it is lent: what is counted now is the count of none."""
+        """Take the holders counted now for those of an idle storage: nobody else may hold it when it is lent."""
         self._idle_users, self._idle_holders = storage_users(self.cdata), getrefcount(self.storage)
 
     def tensor(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ class RangeStorage:
         return same_storage(source, size, stride, offset)
 
     def _new_source(self, dtype: torch.dtype) -> torch.Tensor:
-        """It is none of those that are counted."""
+        """Make the tensor that outputs are made from; it does not count as a holder of the storage."""
         users, holders = storage_users(self.cdata), getrefcount(self.storage)
         with outside_inference_mode():
             source = torch.empty(0, dtype=dtype, device=self.storage.device).set_(self.storage)

@@ -9,7 +9,7 @@ Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def extent(size: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to one past the last address that a tensor reaches."""
+    """Count the elements from the first address that a tensor reaches to one past the last."""
     if 0 in size:
         return 0
     return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -33,7 +33,7 @@ def same_places(size: Sequence[int], stride: Sequence[int], other: Sequence[int]
 
 
 def reaching_once(size: Sequence[int], stride: Sequence[int]) -> Shape:
-    """A shape that reaches the same addresses, each once (or a gap between them), so that it can be copied to."""
+    """Return a shape that reaches the same addresses, each once (or a gap between them), so it can be copied to."""
     if overlaps_itself(size, stride):
         return (extent(size, stride),), (1,)
     return tuple(min(length, 1) if step == 0 else length for length, step in zip(size, stride, strict=True)), tuple(

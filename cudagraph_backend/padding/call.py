@@ -84,7 +84,7 @@ class Call:
         return self[names[0]]
 
     def fill(self, operand: Operand, filling: Filling, otherwise: str) -> None:
-        """The padded rows of ``operand`` must hold ``filling``: a mask sees to it, or padding is refused.
+        """Make sure that the padded rows of ``operand`` hold ``filling``: by a mask, or else padding is refused.
 
         Raises:
             RefusePadding: ``otherwise``, where the graph must stay as it is.
@@ -97,19 +97,19 @@ class Call:
         self.masks.append(Mask(self.node, operand.role, operand.source, rows, filling))
 
     def aligned(self, operands: Sequence[Operand]) -> list[Operand]:
-        """Operands whose entries meet: real ones with real ones, padded with padded ones."""
+        """Divide rows alike in operands whose entries meet: real ones with real ones, padded with padded ones."""
         blocks = blocks_of(*operands)
         return [replace(one, rows=one.rows and in_blocks(one.rows, blocks)) for one in operands]
 
     def keep(self, facts: Fact, *operands: Operand | None, dim: int | None = None) -> Rows:
-        """The result has rows, at ``dim`` or where its shape tells; of ``facts``, those that all ``operands`` hold.
+        """Return the result's rows, at ``dim`` or where its shape tells; of ``facts``, those that all operands hold.
 
         Without ``operands``, all operands of the call are meant.
         """
         return self._rows(self.val, facts, operands or self.operands, dim)
 
     def each(self, facts: Fact, *operands: Operand | None) -> tuple[Rows | RefusePadding | None, ...]:
-        """As :meth:`keep`, for an operator with several results; a result without a row dim is free of rows."""
+        """Return the rows of several results, as :meth:`keep` of one; a result without a row dim is free of rows."""
         results: list[Rows | RefusePadding | None] = []
         for val in self.val:
             try:
@@ -164,7 +164,7 @@ def _can_be_masked(rows: Rows, filling: Filling, dtype: torch.dtype) -> bool:
 
 
 def leaves(argument: Any) -> Iterator[Any]:
-    """Everything in nested lists, tuples and dicts."""
+    """Yield everything in nested lists, tuples and dicts."""
     if isinstance(argument, (list, tuple)):
         for item in argument:
             yield from leaves(item)
@@ -181,7 +181,7 @@ LineKey = Callable[[Call, str, Operand, Rows], Hashable]
 
 
 def by_place(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
-    """Rows meet at the same dim counted from the end, as broadcasting aligns dims."""
+    """Return the row dim counted from the end: rows meet at the same one, as broadcasting aligns dims."""
     return rows.dim - len(operand.shape)
 
 
@@ -211,7 +211,7 @@ RULES: dict[str, RegisteredRule] = {}
 def rule(
     *operators: str, sizes: tuple[str, ...] = (), line: LineKey = by_place, writes: bool = False
 ) -> Callable[[Rule], Rule]:
-    """Registers a rule for ``operators``, named as ``aten::view`` or with the overload as ``aten::sum.dim_IntList``.
+    """Register a rule for ``operators``, named as ``aten::view`` or with the overload as ``aten::sum.dim_IntList``.
 
     The rule answers: if real rows of the operands are right, are real rows of the result? It returns ``FREE``,
     ``Rows`` (see :meth:`Call.keep`) or a tuple of these for several results, or raises :class:`RefusePadding`.

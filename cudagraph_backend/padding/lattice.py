@@ -128,7 +128,7 @@ class Operand:
         return self.rows is None or self.rows.together
 
     def check_place(self, place: int) -> None:
-        """Refuses unless rows are at ``place``, or the value, free of rows, is broadcast there.
+        """Refuse unless rows are at ``place``, or the value, free of rows, is broadcast there.
 
         A value of as many entries as there happen to be rows fits no bucket. (Shape checks while tracing see to most
         of this, but not every operator has them.)
@@ -144,12 +144,12 @@ class Operand:
         return self.rows is None or bool(self.rows.holds & fact)
 
     def dim(self, dim: int) -> int:
-        """``dim`` counted from the front."""
+        """Return ``dim`` counted from the front."""
         return dim % len(self.shape) if self.shape else 0
 
 
 def meet(*operands: Operand | None) -> int | None:
-    """Where, counted from the end, the rows of ``operands`` meet that are broadcast to each other."""
+    """Return where the rows of operands that are broadcast meet, counted from the end; ``None`` without rows."""
     given = [operand for operand in operands if operand is not None]
     places = {operand.place for operand in given if operand.place is not None}
     if len(places) > 1:
@@ -161,12 +161,12 @@ def meet(*operands: Operand | None) -> int | None:
 
 
 def in_order(rows: Rows) -> Rows:
-    """``rows`` in one block: for operators whose results differ from row to row even where the operands' don't."""
+    """Return ``rows`` in one block: for operators whose results differ from row to row though the operands' don't."""
     return Rows(rows.dim, rows.count, rows.holds, extra=rows.extra) if rows.blocks is None else rows
 
 
 def in_blocks(rows: Rows, blocks: sympy.Expr | None) -> Rows:
-    """``rows`` divided as other operands are: possible if all its entries are equal."""
+    """Return ``rows`` divided as other operands are: possible if all its entries are equal."""
     if rows.blocks is not None or blocks is None:
         return rows
     if rows.extra != 0 and blocks != 1:

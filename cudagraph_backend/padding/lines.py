@@ -36,7 +36,7 @@ def lines_of(rule: RegisteredRule, call: Call) -> list[LineOfRows]:
 
 
 def along(argument: Any, line: LineOfRows) -> Any:
-    """Arguments with every operand seen along ``line`` alone."""
+    """Return arguments with every operand seen along ``line`` alone."""
     if isinstance(argument, dict):
         return {name: along(item, line) for name, item in argument.items()}
     if isinstance(argument, (list, tuple)):

@@ -26,7 +26,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def insert(module: GraphModule, masks: Sequence[Mask], name: str) -> None:
-    """Gives the module's graph a last input ``name``, the number of real rows (int64, no dims), and the masks."""
+    """Give the module's graph a last input ``name``, the number of real rows (int64, no dims), and the masks."""
     masking = _Masking(module.graph, masks[0].source.meta["val"].device, name)
     for mask in masks:
         masking.mask(mask)
@@ -59,7 +59,7 @@ class _Masking:
             self._count.meta["val"] = torch.empty((), dtype=torch.int64, device=device)
 
     def mask(self, mask: Mask) -> None:
-        """Lets ``mask.user`` read the masked operand in that role; no other node does."""
+        """Let ``mask.user`` read the masked operand in that role; no other node does."""
         operand = _in_role(mask.user, mask.role)
         key = (operand, mask.rows, mask.filling)
         if key not in self._made:
@@ -98,7 +98,7 @@ class _Masking:
         return self._add(aten.view.default, is_real, [-1] + [1] * behind)
 
     def _kept_real(self, size: sympy.Expr, rows: Rows) -> Node:
-        """For each entry of a dim its own number, and for padded ones that of the last real entry."""
+        """Compute for each entry of a dim its own number, and for padded ones that of the last real entry."""
         last = self._add(aten.sub.Tensor, self._end(rows), 1)
         return self._add(aten.minimum.default, self._entries(size), last)
 

@@ -28,7 +28,7 @@ class Sizes:
         self._seen: dict[sympy.Basic, sympy.Basic] = {}
 
     def expr(self, number: object) -> sympy.Basic:
-        """``number`` in terms of ``ROWS``, expanded so that equal sizes are equal expressions."""
+        """Return ``number`` in terms of ``ROWS``, expanded so that equal sizes are equal expressions."""
         if type(number) is int:
             return sympy.Integer(number)
         raw = expr(number)
@@ -64,7 +64,7 @@ def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
 
 @lru_cache(maxsize=4096)
 def _affine(size: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """``count`` and ``extra``; None for sizes such as ``n**2`` and ``floor(n/2)``."""
+    """Return ``count`` and ``extra`` of a size ``count * n + extra``; ``None`` for others: ``n**2``, ``floor(n/2)``."""
     if not size.is_polynomial(ROWS):
         return None
     extra = size.xreplace({ROWS: sympy.S.Zero})
@@ -73,12 +73,12 @@ def _affine(size: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
 
 
 def hide(shape: Sequence[sympy.Expr], dims: Container[int]) -> tuple[sympy.Expr, ...]:
-    """``shape`` with the padded size of ``dims`` taken for a size like any other."""
+    """Return ``shape`` with the padded size of ``dims`` taken for a size like any other."""
     return tuple(size.xreplace({ROWS: HIDDEN}) if dim in dims else size for dim, size in enumerate(shape))
 
 
 def whole(size: sympy.Expr, by: sympy.Expr, otherwise: str) -> sympy.Expr:
-    """``size / by``, refused for the reason ``otherwise`` unless that is a whole number at every size."""
+    """Return ``size / by``, refused for the reason ``otherwise`` unless that is a whole number at every size."""
     quotient = _quotient(size, by)
     if quotient.has(ROWS) or not quotient.is_integer:
         raise RefusePadding(otherwise)
@@ -91,7 +91,7 @@ def _quotient(size: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
 
 
 def shape_text(shape: Sequence[sympy.Expr]) -> str:
-    """``shape`` for a message, with ``n`` for the padded size."""
+    """Write ``shape`` for a message, with ``n`` for the padded size."""
     return f"[{', '.join(map(str, shape))}]"
 
 

@@ -43,7 +43,7 @@ class Allocations:
 
     @contextlib.contextmanager
     def run(self, memory: Mapping[int, torch.UntypedStorage]) -> Iterator[None]:
-        """One run of the region, whose buffers with these numbers have this memory."""
+        """Give buffers with these numbers this memory for one run of the region, in the ``with`` block."""
         self._memory, self._numbers, self._next = memory, {}, 0
         try:
             yield

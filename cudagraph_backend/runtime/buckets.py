@@ -23,7 +23,7 @@ def next_auto_size(n: int) -> int:
 
 
 def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterator[int]:
-    """Capture sizes that could serve ``n``, smallest first.
+    """Return the capture sizes that could serve ``n``, smallest first.
 
     Args:
         n: the real size.
@@ -55,7 +55,7 @@ def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Calla
 
 
 def all_sizes(capture_sizes: CaptureSizes, lower: int, upper: int | None) -> tuple[int, ...]:
-    """Every capture size that may serve a size from ``lower`` to ``upper``, ascending. ``"auto"`` needs the latter."""
+    """Return every capture size that may serve ``lower`` to ``upper``, ascending. ``"auto"`` needs the latter."""
     if capture_sizes != "auto":
         return tuple(sorted({_bounded(size, upper) for size in capture_sizes if size >= lower}))
     assert upper is not None

@@ -26,7 +26,7 @@ class CheckedRegionState(RegionState):
 
 
 def _mismatches(region: Region, route: Route, args: Sequence[Any]) -> Iterator[tuple[str, int, int, str]]:
-    """The inputs that are elsewhere: their names, the addresses found and expected, and what expects them there."""
+    """Yield each input that is elsewhere: its name, the addresses found and expected, and what expects it there."""
     read_at = {copy.index: copy.bucket.data_ptr() for copy in route.in_place}
     for tensor in region.inputs:
         static = route.place.static_addresses[tensor.index] if tensor.role == "static" else None

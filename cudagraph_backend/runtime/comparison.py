@@ -59,9 +59,9 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _finite_rows(found: torch.Tensor, expected: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
-    """Both as float64 matrices ``[rows, entries]`` with 0 for NaN and infinities; whether these are in the same places.
+    """Return both as float64 matrices ``[rows, entries]``, and whether NaN and infinities are in the same places.
 
-    Scaled so that no square overflows.
+    The matrices have 0 in place of these, and are scaled so that no square overflows.
     """
     found, expected = _matrix(found), _matrix(expected)
     is_finite = expected.isfinite()

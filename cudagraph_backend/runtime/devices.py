@@ -22,7 +22,7 @@ class Device:
         self.pool = pool or OutputPool(driver.new_memory())
 
     def __enter__(self) -> bool:
-        """One thread at a time; whether this is a call from within another one, made by an operator of that region."""
+        """Let one thread in; return whether it calls from within another call, made by an operator of that region."""
         self.lock.acquire()
         self._calls += 1
         return self._calls > 1

@@ -170,7 +170,7 @@ def observed_layout(region: Region, outputs: Sequence[Any], args: Sequence[Any],
 
 
 def handed_back(region: Region) -> frozenset[int]:
-    """Indices of the arguments that may be returned as they are: those that the graph says, and those written in place.
+    """Return the indices of arguments that may come back as they are: the graph says so, or they are written in place.
 
     Any other one may come back as well, as memory for an output: what a backward gets is its own, and used again.
     """
@@ -210,7 +210,7 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
 def _real_rows(
     entry: Pooled | Returned | OnMeta, bucket: StorageView, size: tuple[int, ...], stride: tuple[int, ...] | None
 ) -> Entry:
-    """Of an output at a bucket's sizes, the first ``size`` entries, where they are or else as a compact copy."""
+    """Return the first ``size`` entries of an output at a bucket's sizes, where they are or else as a compact copy."""
     stay = size == bucket.size if stride is None else same_places(size, stride, bucket.stride)
     if isinstance(entry, Pooled) and not stay:
         return Compacted(entry.range, replace(bucket, size=size), stride)
@@ -238,7 +238,7 @@ def range_nbytes_at(region: Region, bucket: Layout, values: Values) -> tuple[int
 
 
 def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | None:
-    """A refusal if the strides that Inductor stated are not those it returned: other sizes would be a guess then."""
+    """Return a refusal if Inductor stated other strides than it returned: other sizes would be a guess then."""
     for index, (entry, known) in enumerate(zip(bucket.entries, region.outputs, strict=True)):
         if not isinstance(entry, (Pooled, Returned)) or entry.view is None:
             continue
@@ -250,7 +250,7 @@ def stride_refusal(region: Region, bucket: Layout, values: Values) -> Refusal | 
 
 
 def copy_out(layout: Layout, outputs: Sequence[Any], storages: Sequence[torch.UntypedStorage]) -> int:
-    """Copy the results of a run that are not there yet to the pool (captured as part of the graph); how many they are.
+    """Copy results of a run that are not in the pool yet to it, captured as part of the graph; return how many.
 
     ``storages`` are those of the layout's ranges.
     """
@@ -268,7 +268,7 @@ def copy_out(layout: Layout, outputs: Sequence[Any], storages: Sequence[torch.Un
 
 
 def own_memory(layout: Layout, copied: Container[int], device: torch.device) -> dict[int, torch.UntypedStorage]:
-    """Memory that is no range's, for the copies that a call gets of the ranges with these indices.
+    """Allocate memory that is no range's, for the copies that a call gets of the ranges with these indices.
 
     Raises ``torch.OutOfMemoryError``.
     """
@@ -288,7 +288,7 @@ def make_outputs(
     step: Step,
     own: Mapping[int, torch.UntypedStorage],
 ) -> list[Any]:
-    """The tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans.
+    """Make the tensors of one call: views of the real rows, marked as aliases of the output pool by the ranges' loans.
 
     Where a range has memory of a call's ``own``, they are on a copy there, and the range is not lent.
     """

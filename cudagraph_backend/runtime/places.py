@@ -132,7 +132,7 @@ class Places:
         return self._elsewhere(plan, where, args, held)
 
     def _elsewhere(self, plan: Plan, where: Where, args: Sequence[Any], held: Sequence[Place]) -> Route | Refusal:
-        """A route to a new place, which gives copies of those outputs that callers keep in enough of the ``held``."""
+        """Make a route to a new place, with copies of the outputs that callers keep in enough of the ``held``."""
         enough = self._limits.held_places
         if held and self.is_full() and not self._admission.is_paused:
             self._drop(min(held, key=lambda place: place.used))
@@ -150,7 +150,7 @@ class Places:
         return taken.loan is not None and taken.loan.region == self._region.name and taken.is_live()
 
     def note_copies(self, place: Place, copies: Mapping[int, torch.UntypedStorage]) -> None:
-        """After a call that got copies of some ranges: lend those ranges from now on whose copies die young.
+        """Note the copies that a call got of some ranges; those whose copies die young are lent from now on.
 
         Places that kept outputs blocked all the while are dropped then: this one has taken their role. Where now and
         then an output is kept after all, that blocks this place, too, and costs captures: so it takes twice as many
@@ -166,7 +166,7 @@ class Places:
                 self._drop(other)
 
     def _is_blocked_twin(self, other: Place, place: Place) -> bool:
-        """Whether calls that come to ``place`` would come to the other one, which kept outputs block for long."""
+        """Return whether calls of ``place`` would come to the other one, which kept outputs have blocked for long."""
         is_twin = (other.inputs, other.static_addresses) == (place.inputs, place.static_addresses)
         is_idle = other.used < self._admission.calls - self._limits.blocked_calls
         return other is not place and is_twin and is_idle and any(map(self._is_kept, other.outputs))
@@ -194,7 +194,7 @@ class Places:
         return [*static, *(found for found in where if found is not None)]
 
     def _fitting(self, plan: Plan, where: Where, args: list[Any]) -> list[Route]:
-        """The routes to places with the call's addresses; first those that have a graph for its bucket, and lend it."""
+        """Return routes to places with the call's addresses; first those that have its bucket's graph, and lend it."""
         routes, layout = self._routes.setdefault((plan.sizes, plan.bucket.sizes, where), []), plan.bucket.layout
         known = {route.place for route in routes}
         routes += [
@@ -241,7 +241,7 @@ class Places:
     # ---- new places and graphs
 
     def _new_place(self, plan: Plan, where: Where, args: Sequence[Any]) -> Place:
-        """A place that reads arguments where they are found, and others where they were read before or at free bytes.
+        """Make a place that reads arguments where they are, and others where they were read before or at free bytes.
 
         Raises ``torch.OutOfMemoryError``.
         """
@@ -331,7 +331,7 @@ class Places:
         self._admission.unused[route.sizes] = self._admission.unused.get(route.sizes, 0) + 1
 
     def drop_graphs(self, sizes: Sizes) -> None:
-        """Those of one bucket."""
+        """Drop the graphs of one bucket at all places."""
         for place in self.listed:
             place.graphs.pop(sizes, None)
 

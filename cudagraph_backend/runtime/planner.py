@@ -158,7 +158,7 @@ class Planner:
         return tuple(evaluate(s.size, kept) for s in self.region.sizes)
 
     def _kept_equal(self, real: Values, padded: Values, dims: Sequence[DynamicDim]) -> Values:
-        """``padded``, with dims that have no proof padded only where sizes that are equal in the call stay equal.
+        """Return ``padded``, but dims without proof are padded only where sizes equal in the call stay equal.
 
         Such sizes may belong together, though neither a guard nor a proof says so: an index made of one may run out of
         the range of the other, which on a GPU is the end of the process's CUDA context.
@@ -201,7 +201,7 @@ class Planner:
         )
 
     def _row_entries(self, expression: Any, length: int, values: Values) -> int:
-        """Entries per row of a dim whose size is ``expression``: 2 for ``2*s``."""
+        """Count the entries per row of a dim whose size is ``expression``: 2 for ``2*s``."""
         rows = next((values[s] for s in expression.free_symbols if any(s in d.symbols for d in self._padded_dims())), 1)
         return max(length // max(rows, 1), 1)
 

@@ -147,7 +147,7 @@ def _first_apart(compare: Callable[[Any, Any], bool], found: Sequence[Any], expe
 
 
 def _refusal(region: Region, plan: Plan, index: int | None, reason: str) -> Refusal:
-    """``index`` is that of the value among those that ``_observed`` gives."""
+    """Refuse what failed the probe; ``index`` is that of the value among those that ``_run`` gives."""
     real, padded = region.values(plan.sizes), region.values(plan.bucket.sizes)
     symbols = [next(iter(dim.symbols)) for dim in plan.to_probe]
     sizes = " × ".join(f"{real[s]} of {padded[s]}" for s in symbols)
@@ -166,7 +166,7 @@ def _refusal(region: Region, plan: Plan, index: int | None, reason: str) -> Refu
 
 
 def _run_padded(state: RegionState, plan: Plan, args: Sequence[Any], fill: Fill) -> list[Any]:
-    """One run in the plan's bucket, whose padded rows ``fill`` overwrites (those of dims that are to be probed)."""
+    """Run once in the plan's bucket; ``fill`` overwrites the padded rows of dims that are to be probed."""
     buffers = {reading.index: new_buffer(reading, state.region.device) for reading in plan.readings}
     stage([reading.copy_to(buffers[reading.index]) for reading in plan.readings], (), args)
     _overwrite(state, plan, buffers, fill)
@@ -175,7 +175,7 @@ def _run_padded(state: RegionState, plan: Plan, args: Sequence[Any], fill: Fill)
 
 
 def _with_copies(region: Region, inputs: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """``inputs``, with copies of those that the region may write to though they are the caller's (``args``).
+    """Return ``inputs`` with copies of those that the region may write to though they are the caller's (``args``).
 
     These are the ones it writes in place, and all that are staged: a backward uses their memory for its results.
     """
@@ -187,13 +187,13 @@ def _with_copies(region: Region, inputs: Sequence[Any], args: Sequence[Any]) -> 
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """With the same strides, and with what is between the entries."""
+    """Copy a tensor with its strides, and with what is between its entries."""
     shape = tuple(tensor.shape), tensor.stride()
     return tensor.as_strided((extent(*shape),), (1,)).clone().as_strided(*shape)
 
 
 def _run(state: RegionState, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
-    """What must not depend on padding: the real rows of outputs and of written inputs, in memory of their own."""
+    """Run, and return what must not depend on padding: the real rows of outputs and written inputs, as copies."""
     region, values = state.region, state.region.values(plan.sizes)
     with torch.random.fork_rng(generators_of(region.device)):
         results = state.run(list(inputs))
@@ -234,7 +234,7 @@ def _overwrite(state: RegionState, plan: Plan, buffers: Mapping[int, torch.Tenso
 
 
 def _leave(padded: torch.Tensor, real: torch.Tensor, axis: int, entries: int) -> None:
-    """As staged: padded rows hold the option's fill."""
+    """Leave padded rows as staged: they hold the option's fill."""
 
 
 def _fill_nan(padded: torch.Tensor, real: torch.Tensor, axis: int, entries: int) -> None:
@@ -258,7 +258,7 @@ def _fill_extremes(
 
 
 def _extremes(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of either sign, and of any magnitude between 1 and that whose square is still finite."""
+    """Draw numbers of either sign, and of any magnitude between 1 and that whose square is still finite."""
     exponents = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
     signs = torch.randint(0, 2, like.shape, generator=generator, device=like.device) * 2 - 1
     return signs * torch.finfo(like.dtype).max ** (exponents / 2)
@@ -267,7 +267,10 @@ def _extremes(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _fill_other_integers(
     padded: torch.Tensor, real: torch.Tensor, axis: int, entries: int, generator: torch.Generator
 ) -> None:
-    """Random ones of the real rows that are not what is staged; zeros, if all are. Any other number may be invalid."""
+    """Fill padded rows with random real rows that differ from what is staged; with zeros, if none does.
+
+    Any other number may be invalid.
+    """
     rows, staged = real.unflatten(axis, (-1, entries)), padded.narrow(axis, 0, entries)
     others = (rows != staged.unsqueeze(axis)).movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
     if others.numel():

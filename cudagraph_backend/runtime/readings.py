@@ -100,7 +100,7 @@ class Reading:
         return taken
 
     def buffer(self, pool: OutputPool, offset: int) -> torch.Tensor:
-        """What the graph reads if the input is at this offset from the pool's first byte, inside of it or not."""
+        """Return what the graph reads if the input is at this offset from the pool's first byte, inside it or not."""
         if offset >= 0 and offset + self.nbytes <= pool.nbytes:
             storage = pool.bytes(offset, self.nbytes).untyped_storage()
         else:

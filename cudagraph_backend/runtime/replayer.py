@@ -176,7 +176,7 @@ class Replayer:
         self.counters.fallbacks[refusal.reason] += 1
 
     def _make_known(self) -> None:
-        """After a reset only regions that are called again are reported."""
+        """Report the region from now on: after a reset, only regions that are called again are reported."""
         if not self._is_known:
             self._register(self)
             self._is_known = True

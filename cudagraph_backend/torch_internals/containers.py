@@ -15,5 +15,5 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
-    """New containers like ``tree``, with ``function`` of each tensor."""
+    """Return new containers like ``tree``, with ``function`` of each tensor."""
     return tree_map_only(torch.Tensor, function, tree)

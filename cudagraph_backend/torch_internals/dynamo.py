@@ -15,7 +15,7 @@ from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 
 
 def input_sources(gm: torch.fx.GraphModule) -> list[str]:
-    """Per input of a Dynamo graph, where the user's frame holds it, e.g. ``L['batch']['labels']``.
+    """Return where the user's frame holds each input of a Dynamo graph, e.g. ``L['batch']['labels']``.
 
     Without Dynamo's record of that, the input's name in the graph.
     """
@@ -24,9 +24,9 @@ def input_sources(gm: torch.fx.GraphModule) -> list[str]:
 
 
 def take_graph_override(gm: torch.fx.GraphModule) -> tuple[bool | None, bool | None]:
-    """What ``torch._dynamo.override_cudagraphs`` (since torch 2.13) says of a Dynamo graph's forward and backward.
+    """Take what ``torch._dynamo.override_cudagraphs`` says of forward and backward off a Dynamo graph.
 
-    It is taken off the graph: where it asks for graphs, Inductor would make stock's.
+    It is there since torch 2.13. Where it asks for graphs, Inductor would make stock's if it were left on the graph.
     """
     said = gm.meta.pop("cudagraph_annotation", None)
     return getattr(said, "fwd", None), getattr(said, "bwd", None)
@@ -61,7 +61,7 @@ def keep_precompiled_code_apart(backend: Any) -> None:
 
 
 def _backends_of(context: Any) -> tuple[Any, ...]:
-    """What a context of Dynamo compiles with: the backend, and where ``torch.compile`` wraps that, what it wraps."""
+    """Return what a context of Dynamo compiles with: the backend, and what ``torch.compile``'s wrapper of it wraps."""
     found: Any = getattr(context, "callback", None)
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend

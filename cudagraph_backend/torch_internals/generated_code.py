@@ -27,12 +27,12 @@ def failed_operator(error: BaseException) -> str | None:
 
 
 def is_compiled_graph(compiled: Any) -> TypeGuard[CompiledFxGraph]:
-    """False for a graph without operators, which Inductor leaves as it is."""
+    """Return whether Inductor compiled a graph; one without operators it leaves as it is."""
     return isinstance(compiled, CompiledFxGraph)
 
 
 def boxed(call: Compiled) -> Compiled:
-    """``call`` as a function that AOTAutograd knows to take one list of arguments and to empty it."""
+    """Wrap ``call`` as a function that AOTAutograd knows to take one list of arguments and to empty it."""
 
     def boxed_call(args: list[Any]) -> Sequence[Any]:
         return call(args)
@@ -42,7 +42,7 @@ def boxed(call: Compiled) -> Compiled:
 
 
 def output_strides(compiled: CompiledFxGraph) -> Sequence[tuple[str, ...] | None] | None:
-    """Per output, its strides as expressions in text (``None`` for what is not a tensor), as Inductor laid them out."""
+    """Return each output's strides, as Inductor laid it out: expressions in text, ``None`` for what is no tensor."""
     return compiled.output_strides
 
 
@@ -52,7 +52,7 @@ def mutated_inputs(compiled: CompiledFxGraph) -> frozenset[int]:
 
 
 def uncapturable_reason(compiled: CompiledFxGraph) -> str | None:
-    """Inductor's own reason against capturing a region in a CUDA graph, found while lowering it."""
+    """Return Inductor's own reason against capturing a region in a CUDA graph, found while lowering it."""
     return compiled.disabled_cudagraphs_reason
 
 
@@ -70,7 +70,7 @@ def unbound_sizes(compiled: Any) -> list[str]:
 
 
 def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torch.Tensor]) -> Compiled | None:
-    """The region's generated code bound to private globals, with ``allocate(size, stride, dtype)`` for its buffers.
+    """Bind the region's generated code to private globals, with ``allocate(size, stride, dtype)`` for its buffers.
 
     The generated module may be shared by equal regions, so its globals are copied, never changed. Returns ``None`` if
     the compiled region is not generated Python code.
@@ -84,7 +84,7 @@ def with_allocator(compiled: Any, device_type: str, allocate: Callable[..., torc
 
 
 def _rebound(function: types.FunctionType, changed: Mapping[str, Any]) -> types.FunctionType:
-    """A function of generated code with globals of its own, and with it all that it calls there (graphs inside it).
+    """Copy a function of generated code, with all that it calls there (graphs inside it), to globals of its own.
 
     Globals that held the function itself would be freed by the garbage collector only, and the device's memory with
     them. Generated functions do not call themselves, and call graphs from their own bodies only.

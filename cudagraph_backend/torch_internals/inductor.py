@@ -65,7 +65,7 @@ class Compilation:
 
 
 def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Inductor's own check of its settings' names and types (as for ``torch.compile(options=…)``).
+    """Return Inductor's settings after its own check of names and types (as for ``torch.compile(options=…)``).
 
     Raises:
         RuntimeError: an unknown name or a value of the wrong type.
@@ -74,7 +74,7 @@ def checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def mode_settings(mode: str) -> dict[str, Any]:
-    """Inductor's settings that a ``mode`` of ``torch.compile`` stands for."""
+    """Return Inductor's settings that a ``mode`` of ``torch.compile`` stands for."""
     return dict(torch._inductor.list_mode_options(mode))
 
 
@@ -83,5 +83,5 @@ def inductor_option_names() -> list[str]:
 
 
 def ops_to_partition() -> tuple[str, ...]:
-    """Inductor's own list of operators that must run outside of CUDA graphs, as it is set now."""
+    """Return Inductor's own list of operators that must run outside of CUDA graphs, as it is set now."""
     return tuple(getattr(inductor_config, "custom_should_partition_ops", ()))

@@ -17,7 +17,7 @@ def marked_dims(tensor: torch.Tensor) -> dict[int, Bounds]:
 
 
 def mark_dim(tensor: torch.Tensor, dim: int, bounds: Bounds) -> None:
-    """As ``mark_dynamic``, which takes two bounds or none; here one will do."""
+    """Mark a dim as ``mark_dynamic`` does, which takes two bounds or none; here one will do."""
     lower, upper = bounds
     if (lower is None) != (upper is None):
         lower, upper = 2 if lower is None else lower, int_oo if upper is None else upper
@@ -25,5 +25,5 @@ def mark_dim(tensor: torch.Tensor, dim: int, bounds: Bounds) -> None:
 
 
 def has_static_address(tensor: torch.Tensor) -> bool:
-    """Whether Dynamo takes the address of an argument as fixed: of a parameter, or after ``mark_static_address``."""
+    """Return whether Dynamo takes an argument's address as fixed: a parameter's, or after ``mark_static_address``."""
     return isinstance(tensor, torch.nn.Parameter) or get_static_address_type(tensor) is not None

@@ -17,7 +17,7 @@ def is_generator(value: Any) -> bool:
 
 
 def never_changes(value: Any) -> bool:
-    """Whether an argument is an object whose state stays as it is: a process group or mesh, or a registered constant.
+    """Return whether an argument's state stays as it is: that of a process group or mesh, or a registered constant.
 
     What other registered objects hold may be another thing at every call.
     """

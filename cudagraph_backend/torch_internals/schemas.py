@@ -43,10 +43,11 @@ def bound_arguments(node: torch.fx.Node, args: Sequence[Any], kwargs: dict[str, 
 
 
 def written_arguments(node: torch.fx.Node, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """What the operator behind ``auto_functionalized_v2`` is called with, by name, taken from the wrapper's ``kwargs``.
+    """Return what the operator behind ``auto_functionalized_v2`` is called with, by name.
 
-    ``None`` for another wrapper, and where what is changed is not, in this order, one whole argument each: a view, two
-    views of one tensor, a list, or an argument that is left out.
+    That is taken from ``kwargs``, the wrapper's. Returns ``None`` for another wrapper, and where what is changed is
+    not, in this order, one whole argument each: a view, two views of one tensor, a list, or an argument that is left
+    out.
     """
     if node.target is not torch.ops.higher_order.auto_functionalized_v2 or not is_operator(node.args[0]):
         return None
@@ -76,7 +77,7 @@ def calls_its_graph(target: torch._ops.HigherOrderOperator) -> bool:
 
 
 def operator_name(target: torch._ops.OpOverload) -> str:
-    """With namespace and overload: ``aten::sum.dim_IntList``."""
+    """Return the name with namespace and overload: ``aten::sum.dim_IntList``."""
     return target.name()
 
 

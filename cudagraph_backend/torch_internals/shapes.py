@@ -44,7 +44,7 @@ class Shapes:
         return True
 
     def upper_bound(self, symbol: sympy.Symbol) -> int | None:
-        """Largest size of ``symbol``; ``None`` if it has no bound.
+        """Return the largest size of ``symbol``; ``None`` if it has no bound.
 
         The lengths of a jagged dim are one symbol, which stands for no number and has no range.
         """
@@ -73,7 +73,7 @@ class Shapes:
 
 
 def has_lost_guards(graph: torch.fx.Graph) -> bool:
-    """Whether something compiled after Dynamo had made its guards holds for certain sizes only, which nothing checks.
+    """Return whether something compiled after Dynamo's guards holds for certain sizes only, which nothing checks.
 
     A guard is lost once: what is compiled later may rely on it, and loses none. Of backwards, which are always compiled
     after Dynamo's guards, PyTorch takes the risk.
@@ -106,7 +106,7 @@ def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
 
 
 def is_backed(expression: sympy.Expr) -> bool:
-    """Whether every symbol is an input's size; others (``u0``) depend on data and are known only while running."""
+    """Return whether every symbol is an input's size; others (``u0``) depend on data, known only while running."""
     from torch.fx.experimental.symbolic_shapes import symbol_is_type
     from torch.utils._sympy.symbol import SymT
 

@@ -18,7 +18,7 @@ def current_step() -> tuple[int, int]:
 
 
 def forget_marked_steps() -> None:
-    """Until the next ``torch.compiler.cudagraph_mark_step_begin()`` every outermost compiled call is a step again.
+    """Make every outermost compiled call a step until the next ``torch.compiler.cudagraph_mark_step_begin()``.
 
     As a reset of stock's trees does. The count is the process's: of all threads, and of stock's trees, too.
     """

@@ -44,7 +44,7 @@ def borrowed_memory(address: int, nbytes: int, device: torch.device) -> torch.Un
 
 
 def forbid_access(storage: torch.UntypedStorage, message: str) -> None:
-    """From now on an access to the storage's memory raises ``RuntimeError(message)``; it is no longer held.
+    """Make every later access to the storage's memory raise ``RuntimeError(message)``; it is no longer held.
 
     CPU builds of torch can't do that: there, every tensor on it that Python knows becomes of a class that raises.
     """
@@ -67,6 +67,6 @@ def _forbidden(message: str) -> type[torch.Tensor]:
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Buffers made here are ordinary tensors, usable from inference mode and from outside of it alike."""
+    """Let buffers made meanwhile be ordinary tensors, usable from inference mode and from outside of it alike."""
     with torch.inference_mode(False), torch.no_grad():
         yield

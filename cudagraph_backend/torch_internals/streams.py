@@ -16,10 +16,10 @@ def raw_stream(device_index: int) -> int:
 
 
 def current_device_index() -> int:
-    """Of the current CUDA device, without ``torch.cuda``'s look whether CUDA is initialised."""
+    """Return the index of the current CUDA device, without ``torch.cuda``'s look whether CUDA is initialised."""
     return torch._C._cuda_getDevice()
 
 
 def is_current_stream_capturing() -> bool:
-    """As ``torch.cuda``'s, without its look whether CUDA is initialised."""
+    """Return whether the current stream is captured, without ``torch.cuda``'s look whether CUDA is initialised."""
     return torch._C._cuda_isCurrentStreamCapturing()

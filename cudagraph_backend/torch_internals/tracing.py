@@ -16,7 +16,7 @@ from cudagraph_backend.torch_internals.shapes import expr
 
 @contextlib.contextmanager
 def compiling_a_part() -> Iterator[list[Any]]:
-    """While a part of a region is compiled: yields the list to which Inductor appends its outputs' strides.
+    """Let a part of a region be compiled; yields the list to which Inductor appends its outputs' strides.
 
     AOTAutograd reads one such list per region. It also tells Inductor which inputs of a backward region may be
     overwritten: not here, as they are numbered in the region, and another part may read them.
@@ -54,7 +54,7 @@ def report_output_strides(strides: Sequence[Any]) -> None:
 
 
 def forget_output_strides() -> None:
-    """Before a region is compiled again: what was reported of its outputs' strides."""
+    """Forget what was reported of the strides of a region's outputs, before it is compiled again."""
     context = TracingContext.try_get()
     if context is not None and context.output_strides is not None:
         context.output_strides.clear()

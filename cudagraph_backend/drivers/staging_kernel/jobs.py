@@ -109,7 +109,7 @@ def jobs(
 
 
 def _boxes(copy: StagedCopy, stride: Sequence[int]) -> Iterator[tuple[bool, int, int, list[Dim]]]:
-    """Per box that is not empty: whether it is padded, where it begins in the bucket and in the argument, its dims."""
+    """Yield, per box that is not empty, whether it is padded, where it begins in bucket and argument, and its dims."""
     itemsize, parts = copy.bucket.element_size(), []
     for length, size, to, source, entries in zip(
         copy.real.shape, copy.bucket.shape, copy.bucket.stride(), stride, copy.row_entries, strict=True
@@ -134,7 +134,10 @@ def _boxes(copy: StagedCopy, stride: Sequence[int]) -> Iterator[tuple[bool, int,
 
 
 def _job(to: int, source: int, at: int, dims: Sequence[Dim], aligned: int) -> Job | None:
-    """With as few dims, and units as wide, as sizes, strides and addresses (``aligned`` is the source's) allow."""
+    """Make a job with as few dims, and units as wide, as sizes, strides and addresses allow.
+
+    ``aligned`` is the alignment of the source. Returns ``None`` if there are more dims or units than the kernel takes.
+    """
     merged = _merged(dims)
     unit = 1
     if merged and merged[0].to == merged[0].source == 1:
@@ -147,7 +150,7 @@ def _job(to: int, source: int, at: int, dims: Sequence[Dim], aligned: int) -> Jo
 
 
 def _merged(dims: Sequence[Dim]) -> list[Dim]:
-    """The same places in the same pairs: innermost first, without dims of one step, and what is in sequence as one."""
+    """Return the same pairs of places as fewer dims, innermost first: none has one entry, and neighbours are joined."""
     merged: list[Dim] = []
     for dim in sorted((dim for dim in dims if dim.size > 1), key=lambda dim: dim.to):
         last = merged[-1] if merged else None
@@ -159,7 +162,10 @@ def _merged(dims: Sequence[Dim]) -> list[Dim]:
 
 
 def _pattern(copy: StagedCopy) -> int | None:
-    """Eight bytes, as an int64, that repeat in memory filled with the number; made where ``fill_`` would make them."""
+    """Return eight bytes, as an int64, that repeat in memory filled with the number; ``None`` for wider entries.
+
+    They are made on the bucket's device, where ``fill_`` would make them.
+    """
     if copy.fill == "zero":
         return 0
     itemsize = copy.bucket.element_size()

@@ -16,7 +16,7 @@ _WARPS = 4
 
 @triton.jit
 def _move(job, source, is_read, first, end, kind: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Units ``first`` to ``end`` of a job, of integer type ``kind``; ``source`` is an address or the constant."""
+    """Move units ``first`` to ``end`` of a job, of integer type ``kind``; ``source`` is an address or the constant."""
     target = tl.load(job)
     for start in range(first, end, BLOCK):
         rest = start + tl.arange(0, BLOCK)
@@ -87,7 +87,7 @@ def stage_kernel(
 
 
 def normal_launch(dims: int) -> Launch:
-    """Through Triton's own ``kernel[grid](…)``, which binds and looks up all arguments at every call."""
+    """Return a launch by Triton's own ``kernel[grid](…)``, which binds and looks up all arguments at every call."""
 
     def launch(programs: int, stream: int, table: int, sources: Sequence[int]) -> None:
         stage_kernel[(programs,)](table, *sources, DIMS=dims, BLOCK=BLOCK, num_warps=_WARPS)
@@ -96,7 +96,7 @@ def normal_launch(dims: int) -> Launch:
 
 
 def cached_launch(dims: int) -> Launch:
-    """Straight to the launcher of the compiled kernel, for the current device.
+    """Return a launch that goes straight to the launcher of the compiled kernel, for the current device.
 
     That is not Triton's public API: read from 3.6 and 3.7. It is tried with no programs, which checks the arguments and
     runs nothing; if that fails, launches are normal ones.

@@ -63,7 +63,7 @@ class Launches:
         self.works = True
 
     def table(self, listed: Sequence[Job]) -> DeviceTable:
-        """Raises whatever goes wrong when the kernel is compiled, or memory is short."""
+        """Put jobs on the device. Raises whatever goes wrong when the kernel is compiled, or memory is short."""
         made = table(listed)
         if made.dims not in self._by_dims:
             from cudagraph_backend.drivers.staging_kernel.kernel import (
@@ -76,7 +76,7 @@ class Launches:
         return DeviceTable(words, words.data_ptr(), made.programs, made.dims, {raw_stream(self._device.index)})
 
     def launch(self, table: DeviceTable, sources: Sequence[int]) -> None:
-        """On the device's current stream. ``sources`` are ``MAX_SOURCES`` at most."""
+        """Launch on the device's current stream. ``sources`` are ``MAX_SOURCES`` at most."""
         stream = self.keep(table)
         sources = [*sources, *[0] * (MAX_SOURCES - len(sources))]
         launch = self._by_dims[table.dims]
@@ -95,7 +95,7 @@ class Launches:
         return stream
 
     def idle(self) -> DeviceTable | None:
-        """A table with one program that does nothing, to capture the kernel with; ``None`` if there is no kernel."""
+        """Return a table with one program that does nothing, to capture the kernel with; ``None`` without a kernel."""
         if self._idle is None and _or_none(self, []) is not None:
             words = torch.zeros(8, dtype=torch.int64, device=self._device)  # its share is from 0 to 0
             self._idle = DeviceTable(words, words.data_ptr(), 1, FEW_DIMS)
@@ -146,7 +146,7 @@ class Part:
             self._launches.launch(found, sources)
 
     def _new_table(self, sources: Sequence[int]) -> DeviceTable | None:
-        """For arguments at addresses of such alignment, if there are not many tables yet."""
+        """Make a table for arguments at addresses of such alignment, if there are not many tables yet."""
         key = _alignments(sources)
         is_aligned = all(alignment == _ALIGNMENT for alignment in key)
         if key in self._tables or (len(self._tables) >= _TABLES and not is_aligned):
@@ -173,7 +173,7 @@ class KernelStaging:
         self._others: list[Staging] = []  # by operators
 
     def __call__(self, args: Sequence[Any], node: Node | None = None) -> None:
-        """``node``, of the graph that is launched next, does what one launch can; what it can't is done now."""
+        """Let ``node``, of the graph that is launched next, do what one launch can; what it can't is done now."""
         if self._parts is None:
             self._parts = self._made(args)
         for part in self._parts:
@@ -199,7 +199,10 @@ class KernelStaging:
 
 
 def _jobs(copy: StagedCopy, argument: torch.Tensor, stride: Sequence[int]) -> Sequence[Job] | None:
-    """``None`` if the kernel can't copy it. Whatever its alignment: jobs of single bytes have most dims and units."""
+    """Return the jobs of a copy, or ``None`` if the kernel can't make it, whatever the argument's alignment.
+
+    Jobs of single bytes tell: they have most dims and units.
+    """
     is_alike = argument.device == copy.bucket.device and argument.dtype == copy.bucket.dtype
     return jobs(copy, stride, alignment=1) if is_alike else None
 
@@ -209,7 +212,7 @@ def _alignments(addresses: Sequence[int]) -> Key:
 
 
 def _or_none(launches: Launches, listed: Sequence[Job]) -> DeviceTable | None:
-    """``None`` if the kernel can't be compiled or launched here, which is told once."""
+    """Return a table of jobs; ``None`` if memory is short, or if the kernel does not work here, which is told once."""
     if not launches.works:
         return None
     try:

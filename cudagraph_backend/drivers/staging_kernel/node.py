@@ -29,7 +29,7 @@ class StagingNode:
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, idle: DeviceTable):
-        """Raises ``RuntimeError`` if the graph does not begin with the kernel as it was launched."""
+        """Take the graph's first node. Raises ``RuntimeError`` if it is not the kernel as it was launched."""
         from cuda.bindings import driver
 
         self._driver = driver
@@ -64,7 +64,7 @@ class StagingNode:
             raise RuntimeError("the kernel was not captured with the arguments that it was launched with")
 
     def stage(self, table: DeviceTable, sources: Sequence[int]) -> None:
-        """At the next launch of the graph, with the kernel for as many dims as ``self.dims``."""
+        """Stage at the next launch of the graph, with the kernel for as many dims as ``self.dims``."""
         if self._is_on and table is self._table and sources == self._sources:
             return
         self._table = None  # in case that this fails
@@ -77,7 +77,7 @@ class StagingNode:
             self._is_on = True
 
     def skip(self) -> None:
-        """At the next launch of the graph the node does nothing."""
+        """Let the node do nothing at the next launch of the graph."""
         if self._is_on:
             self._check(self._set_enabled(*self._target, 0))
             self._is_on = False

@@ -11,7 +11,7 @@ _LETTERS = {"query": "bhle", "key": "bhse", "value": "bhse", "attn_mask": "bhls"
 
 
 def _letter(call: Call, name: str, operand: Operand, rows: Rows) -> str:
-    """Batch, heads, queries (l), keys (s), features (e)."""
+    """Names a row dim: batch, heads, queries (l), keys (s), features (e)."""
     return _LETTERS.get(name, "bhle")[rows.dim - len(operand.shape)]
 
 
@@ -24,7 +24,7 @@ def _letter(call: Call, name: str, operand: Operand, rows: Rows) -> str:
     line=_letter,
 )
 def attention(call: Call) -> Results:
-    """Rows along the batch or the heads, along the queries, or along the keys."""
+    """Allows rows along the batch or the heads, along the queries, or along the keys."""
     query, key, value = (call.only("query", "key", "value", "attn_mask", "attn_bias"), call["key"], call["value"])
     mask: Operand | None = call["attn_mask"] or call["attn_bias"]
     if call["dropout_p"]:
@@ -41,7 +41,7 @@ def attention(call: Call) -> Results:
 
 
 def _over_keys(call: Call, key: Operand, value: Operand, mask: Operand | None) -> Results:
-    """Padded keys must weigh nothing: by the mask, or by coming after every real query.
+    """Makes sure that padded keys weigh nothing: by the mask, or as they come after every real query.
 
     Kernels multiply keys and values that weigh nothing by zero, so these must not be NaN or infinite.
     """
@@ -59,7 +59,7 @@ def _over_keys(call: Call, key: Operand, value: Operand, mask: Operand | None) -
 
 
 def _as_many(query: Operand, key: Operand) -> bool:
-    """Whether there are always as many queries as keys: else kernels differ in which ones a causal mask pairs."""
+    """Returns whether there are always as many queries as keys: else kernels differ in how a causal mask pairs them."""
     return query.shape[_SEQUENCE].xreplace({HIDDEN: ROWS}) == key.shape[_SEQUENCE].xreplace({HIDDEN: ROWS})
 
 
@@ -72,7 +72,7 @@ def _as_many(query: Operand, key: Operand) -> bool:
     line=one_line,
 )
 def attention_backward(call: Call) -> Results:
-    """Rows along the batch; a bias that all rows share would get a sum over them."""
+    """Allows rows along the batch; a bias that all rows share would get a sum over them."""
     bias: Operand | None = call["attn_bias"]
     per_row = ("query", "key", "value", "out", "logsumexp", "grad_out", "grad_out_")
     if call["dropout_p"] or any(call[name] is not None and call[name].row_dim != 0 for name in per_row):

@@ -28,13 +28,13 @@ def _letter(call: Call, name: str, operand: Operand, rows: Rows) -> str:
 
 @rule("aten::_int_mm", "aten::bmm", "aten::dot", "aten::mm", "aten::mv", "aten::vdot", line=_letter)
 def product(call: Call) -> Results:
-    """Rows along a dim that stays, or zeros on both sides of a dim that is summed over."""
+    """Allows rows along a dim that stays, or zeros on both sides of a dim that is summed over."""
     return _contract(call, FREE)
 
 
 @rule("aten::addbmm", "aten::addmm", "aten::addmv", "aten::baddbmm", line=_letter)
 def product_and_sum(call: Call) -> Results:
-    """As :func:`product`, added to a tensor whose rows, if it has any, must be the product's."""
+    """Adds a :func:`product` to a tensor whose rows, if it has any, must be the product's."""
     added: Operand = call[_ADDED]
     result = _contract(call, added)
     if result is FREE and added.rows is not FREE:

@@ -8,7 +8,7 @@ from ..lattice import FREE, Fact, RefusePadding, Results, in_order
 
 @rule("aten::convolution", "aten::_convolution", line=one_line)
 def convolution(call: Call) -> Results:
-    """Rows along the batch, along the output channels, or along a dim that the kernel goes over.
+    """Allows rows along the batch, along the output channels, or along a dim that the kernel goes over.
 
     There padded rows must be zero, as a convolution pads, and the steps be single ones.
     """
@@ -29,7 +29,7 @@ def convolution(call: Call) -> Results:
 
 
 def _is_single(call: Call, dim: int) -> bool:
-    """Whether along spatial dim ``dim`` each output entry comes from the input entry at the same place."""
+    """Returns whether along spatial dim ``dim`` each output entry comes from the input entry at the same place."""
     given = (call["stride"], call["padding"], call["output_padding"])
     stride, padding, more = (numbers[dim if len(numbers) > 1 else 0] for numbers in given)
     return call["weight"].shape[dim + 2] == 1 and (stride, padding, more) == (1, 0, 0)
@@ -46,7 +46,7 @@ def _by_channel(call: Call) -> Results:
 
 @rule("aten::convolution_backward")
 def convolution_backward(call: Call) -> Results:
-    """Gradients of weight and bias sum over the batch: exact only over zeros."""
+    """Sums the gradients of weight and bias over the batch: exact only over zeros."""
     grad, image = call["grad_output"], call.only("input", "grad_output")
     if grad.row_dim != 0 or image.row_dim != 0:
         raise RefusePadding("convolves over the padded rows")
@@ -113,7 +113,7 @@ _over_last(
 
 @rule("prims::_low_memory_max_pool_offsets_to_indices", "prims::_low_memory_max_pool_with_offsets")
 def pooling(call: Call) -> Results:
-    """As many of the last dims as the kernel has."""
+    """Pools over as many of the last dims as the kernel has, which must not be the rows."""
     (operand,) = call.operands
     if operand.place is None or operand.place >= -len(call["kernel_size"]):
         raise RefusePadding("works over the padded rows")
@@ -123,7 +123,7 @@ def pooling(call: Call) -> Results:
 
 @rule("aten::grid_sampler_2d", "aten::grid_sampler_3d")
 def grid_sampler(call: Call) -> Results:
-    """Each image with its own grid; or rows along the channels, or along the places to sample at."""
+    """Samples each image with its own grid, or has rows along the channels, or along the places to sample at."""
     image, grid = call["input"], call["grid"]
     by_channel = image.row_dim == 1 and grid.rows is FREE
     by_place = image.rows is FREE and grid.row_dim in range(1, len(grid.shape) - 1)

@@ -25,7 +25,7 @@ _CONSTANTS = {"aten::zeros": 0, "aten::zeros_like": 0, "aten::new_zeros": 0}
     sizes=("size",),
 )
 def constant(call: Call) -> Results:
-    """All rows hold one number, whatever the operands hold."""
+    """Fills all rows with one number, whatever the operands hold."""
     value = _CONSTANTS.get(call.operator, call["fill_value"])
     return _made(call, Fact.REPLICA | (Fact.ZERO if _is_zero(value) else Fact.NOTHING))
 
@@ -41,7 +41,7 @@ def constant(call: Call) -> Results:
     sizes=("size", "stride", "shape"),
 )
 def garbage(call: Call) -> Results:
-    """Nothing is known of the rows; nothing may depend on them."""
+    """Makes rows of which nothing is known; nothing may depend on them."""
     return _made(call, Fact.NOTHING)
 
 
@@ -53,13 +53,13 @@ def iota(call: Call) -> Results:
 
 @rule("aten::arange", "aten::arange.start", "aten::arange.start_step", sizes=("end",))
 def arange(call: Call) -> Results:
-    """As :func:`iota`."""
+    """Counts the rows, as :func:`iota`."""
     return _counted(call)
 
 
 @rule("aten::eye", "aten::eye.m", "aten::linspace", "aten::logspace", "aten::scalar_tensor")
 def from_sizes(call: Call) -> Results:
-    """Their values come from their sizes: the padded size is refused in every argument."""
+    """Refuses the padded size in every argument, as the values of the result come from these."""
     raise RefusePadding("the padded size reaches values")
 
 

@@ -18,13 +18,13 @@ _BUFFERS = ("score_mod_other_buffers", "mask_mod_other_buffers")
 
 
 def _line(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
-    """The batch is the first dim of all that has one; other rows meet none of these."""
+    """Puts rows along the batch, the first dim of all that has one, on one line; other rows meet none of these."""
     return "batch" if rows.dim == 0 and name not in _BUFFERS else (name, rows.dim)
 
 
 @rule("higher_order::flex_attention", line=_line)
 def flex_attention(call: Call) -> Results:
-    """A row attends to itself, by its own entries of the block mask, or by those that all rows share."""
+    """Lets a row attend to itself, by its own entries of the block mask, or by those that all rows share."""
     query, key, value = (_operand(call, name) for name in ("query", "key", "value"))
     if query.rows is FREE:
         raise RefusePadding("attends over the padded rows")
@@ -33,7 +33,7 @@ def flex_attention(call: Call) -> Results:
 
 @rule("higher_order::flex_attention_backward", line=_line)
 def flex_attention_backward(call: Call) -> Results:
-    """As forward; a key that all rows share, or a captured tensor, would get a sum over them."""
+    """Allows rows as forward; a key that all rows share, or a captured tensor, would get a sum over them."""
     names = ("query", "key", "value", "out", "logsumexp", "grad_out")
     operands = [_operand(call, name) for name in names]
     if any(operand.rows is FREE for operand in operands):
@@ -51,7 +51,7 @@ def _operand(call: Call, name: str) -> Operand:
 
 
 def _facts(call: Call, query: Operand, key: Operand, value: Operand) -> Fact:
-    """What padded rows of the results hold of what those of the arguments hold; refuses what can't be told."""
+    """Returns what padded rows of the results hold of what those of the arguments hold; refuses what can't be told."""
     if meet(query, key, value) != _BATCH:
         raise RefusePadding("attends over the padded rows")
     for name, argument in call.arguments.items():
@@ -71,7 +71,7 @@ def _facts(call: Call, query: Operand, key: Operand, value: Operand) -> Fact:
 
 
 def _check_block_mask(operand: Operand) -> None:
-    """Which blocks a row attends to: counts and indices, which must be valid in padded rows, too."""
+    """Checks the counts and indices of blocks that a row attends to: they must be valid in padded rows, too."""
     if operand.rows is FREE:
         if operand.shape[0] != 1:
             raise RefusePadding("the block mask has rows of its own, not those of the batch")
@@ -80,7 +80,7 @@ def _check_block_mask(operand: Operand) -> None:
 
 
 def _functions(call: Call) -> Iterator[tuple[GraphModule, int]]:
-    """The user's functions as graphs, with the position of the batch's number among their arguments."""
+    """Yields the user's functions as graphs, with the position of the batch's number among their arguments."""
     mask = list(leaves(call["block_mask"]))[-1]
     for node in (call["score_mod"], call["fw_graph"], call["joint_graph"], mask):
         graph = submodule_of(node) if isinstance(node, Node) else None

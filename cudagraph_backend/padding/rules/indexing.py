@@ -12,14 +12,14 @@ from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common,
 
 
 def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
-    """The rows of a tensor and of the indices into it meet whatever their dims are."""
+    """Puts the rows of a tensor and of the indices into it on one line, whatever their dims are."""
     indexed = [leaf for leaf in leaves(call["indices"] or call["index"]) if isinstance(leaf, Operand) and leaf.axes]
     return 0 if call["self"].axes and indexed else by_place(call, name, operand, rows)
 
 
 @rule("aten::embedding")
 def embedding(call: Call) -> Results:
-    """A table free of rows, looked up by each row's indices."""
+    """Looks up each row's indices in a table free of rows."""
     table, index = call["weight"], call["indices"]
     own = _reads(call, table, {0: index})
     return call.keep(Fact.REPLICA, *own)
@@ -27,19 +27,19 @@ def embedding(call: Call) -> Results:
 
 @rule("aten::index.Tensor", "aten::_unsafe_index.Tensor", line=_by_number)
 def index(call: Call) -> Results:
-    """Each row reads from a tensor free of rows, or from its own row, or the rows aren't indexed at all."""
+    """Reads for each row from a tensor free of rows, or from the row itself, or does not index the rows at all."""
     return _read(call, _by_dim(call["indices"]))
 
 
 @rule("aten::index_select", line=_by_number)
 def index_select(call: Call) -> Results:
-    """As :func:`index`, along one dim."""
+    """Reads as :func:`index`, along one dim."""
     return _read(call, {call["self"].dim(call["dim"]): call["index"]})
 
 
 @rule("aten::gather")
 def gather(call: Call) -> Results:
-    """Along another dim, each row reads from its own row; along the indexed dim, from a tensor free of rows."""
+    """Reads for each row, along another dim, from the row itself; along the indexed dim, from a tensor free of rows."""
     operand, index = call["self"], call["index"]
     dim = operand.dim(call["dim"])
     if index.rows is FREE:
@@ -70,7 +70,7 @@ def gather(call: Call) -> Results:
     "aten::scatter_reduce.two",
 )
 def scatter(call: Call) -> Results:
-    """Along another dim, each row writes into its own row. Indices free of rows are of real rows."""
+    """Writes each row, along another dim, into the row itself. Indices free of rows are of real rows."""
     operand, index, source = call["self"], call["index"], call["src"]
     dim = operand.dim(call["dim"])
     if index.rows is FREE:
@@ -122,14 +122,14 @@ def write_slice(call: Call) -> Results:
 
 @rule("aten::bucketize.Tensor")
 def bucketize(call: Call) -> Results:
-    """Each entry's place among boundaries free of rows."""
+    """Finds each entry's place among boundaries free of rows."""
     call.only("self")
     return call.keep(Fact.NOTHING)
 
 
 @rule("aten::searchsorted.Tensor", "aten::searchsorted.Scalar")
 def searchsorted(call: Call) -> Results:
-    """As :func:`bucketize`; or each row's entries among the row's own boundaries."""
+    """Finds places as :func:`bucketize`; or those of each row's entries among the row's own boundaries."""
     boundaries, entries, sorter = call["sorted_sequence"], call["self"], call["sorter"]
     if sorter is not None and sorter.rows is not FREE:
         _stays_inside(call, sorter, boundaries.shape[-1])
@@ -158,7 +158,7 @@ def index_reduce(call: Call) -> Results:
 
 @rule("aten::_unsafe_masked_index", line=one_line)
 def masked_index(call: Call) -> Results:
-    """As :func:`index`, where a mask of the indices' shape allows; else a number."""
+    """Reads as :func:`index` where a mask of the indices' shape allows; elsewhere gives a number."""
     indices = _by_dim(call["indices"])
     own = _reads(call, call["self"], indices)
     meet(call["mask"], *indices.values())
@@ -166,7 +166,7 @@ def masked_index(call: Call) -> Results:
 
 
 def _fixed_entries(operand: Operand) -> None:
-    """What is read or written at places free of rows is the same at every size, if it is counted from the front.
+    """Refuses rows that are not together: entries at places free of rows must be the same at every size.
 
     (The indices of ``gather`` and ``scatter`` can't be negative, and have no more entries than what they pick from.)
     """
@@ -175,7 +175,7 @@ def _fixed_entries(operand: Operand) -> None:
 
 
 def _is_fixed_part(call: Call) -> bool:
-    """Whether a part from the front is meant, and wholly inside: one that is cut off would not fit the source."""
+    """Returns whether a part from the front is meant, and wholly inside: one cut off would not fit the source."""
     if isinstance(call["index"], int):
         return call["index"] >= 0
     start, end, step, size = call["start"] or 0, call["end"], call["step"], call["src"].shape[call["dim"]]
@@ -233,7 +233,7 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
 
 
 def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int:
-    """Where, counted from the end, the rows are in ``operand[indices]``."""
+    """Returns where, counted from the end, the rows are in ``operand[indices]``."""
     dims, width = sorted(indices), max(len(index.shape) for index in indices.values())
     together = dims == list(range(dims[0], dims[-1] + 1))
     kept = [dim for dim in range(len(operand.shape)) if dim not in indices]
@@ -248,7 +248,7 @@ def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int
 
 
 def _is_own(index: Operand, operand: Operand) -> None:
-    """Rows may be picked by number only if each row picks itself."""
+    """Refuses to pick rows by number unless each row picks itself."""
     picked, own = operand.rows, index.rows
     is_own = own and own.together and own.holds & Fact.OWN_INDEX
     if not (own and is_own and picked and picked.together and picked.per == 1 and picked.extra == own.extra):
@@ -256,7 +256,7 @@ def _is_own(index: Operand, operand: Operand) -> None:
 
 
 def _stays_inside(call: Call, index: Operand, size: sympy.Expr) -> None:
-    """What the padded rows hold must be a valid index, as the real rows' is."""
+    """Makes sure that padded rows hold valid indices, as the real rows do: by what they hold, or by a mask."""
     if index.holds(Fact.REPLICA) or (index.holds(Fact.ZERO) and size.is_positive):
         return
     if index.holds(Fact.OWN_INDEX) and not size.is_Integer:

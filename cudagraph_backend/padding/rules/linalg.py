@@ -52,7 +52,7 @@ _INNER: Mapping[str, Mapping[str, int]] = {
     line=one_line,
 )
 def each_matrix(call: Call) -> Results:
-    """Rows along the batch. A matrix of anything does no harm, unless errors are to be raised."""
+    """Allows rows along the batch. A matrix of anything does no harm, unless errors are to be raised."""
     if call["check_errors"]:
         return each_proper_matrix(call)
     return _batched(call)
@@ -70,7 +70,7 @@ def each_matrix(call: Call) -> Results:
     line=one_line,
 )
 def each_proper_matrix(call: Call) -> Results:
-    """As :func:`each_matrix`; but what is no number, no valid pivot or has no inverse raises an error, or worse."""
+    """Allows replicas along the batch: what is no number, no valid pivot or has no inverse raises an error or worse."""
     if not all(operand.holds(Fact.REPLICA) for operand in call.operands):
         raise RefusePadding("what padded rows hold may be no proper matrix")
     return _batched(call)
@@ -78,7 +78,7 @@ def each_proper_matrix(call: Call) -> Results:
 
 @rule("aten::_linalg_eigh", "aten::_linalg_svd", line=one_line)
 def each_spectrum(call: Call) -> Results:
-    """Eigenvalues or singular values, without vectors."""
+    """Computes eigenvalues or singular values, but no vectors, for rows along the batch."""
     if call["compute_v"] or call["compute_uv"]:
         raise RefusePadding("eigenvectors and singular vectors are unique up to a sign only")
     return each_proper_matrix(call)
@@ -94,7 +94,7 @@ def each_spectrum(call: Call) -> Results:
     line=one_line,
 )
 def solve(call: Call) -> Results:
-    """Rows along the batch; or one system solved for each column of the right-hand side."""
+    """Solves systems with rows along the batch; or one system for each column of the right-hand side."""
     side = _right_hand_side(call)
     others = [operand for operand in call.operands if operand is not side]
     is_picky = call["check_errors"] or call["pivots"] is not None
@@ -131,7 +131,7 @@ def _results(call: Call) -> Results:
 
 @rule("aten::linalg_cross")
 def cross(call: Call) -> Results:
-    """The three entries along ``dim`` are computed together."""
+    """Computes the three entries along ``dim`` together."""
     operand, other = call["self"], call["other"]
     for each in (operand, other):
         each.check_place(_place(operand, other))
@@ -146,7 +146,7 @@ def _place(*operands: Operand) -> int:
 
 @rule("aten::_cdist_forward")
 def distances(call: Call) -> Results:
-    """From each row of ``x1`` to each of ``x2``: rows along the batch, or along the rows of either."""
+    """Measures from each row of ``x1`` to each of ``x2``, with rows along the batch, or along the rows of either."""
     first, second = call["x1"], call["x2"]
     places = {first.place, second.place} - {None}
     (place, *others) = places

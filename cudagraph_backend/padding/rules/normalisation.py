@@ -8,7 +8,7 @@ from ..lattice import Fact, RefusePadding, Results
 
 @rule("aten::native_layer_norm", "aten::_fused_rms_norm", "aten::rms_norm")
 def over_last_dims(call: Call) -> Results:
-    """Statistics over the last dims, which must not be the rows."""
+    """Takes statistics over the last dims, which must not be the rows."""
     operand = call.only("input")
     if operand.row_dim is None or operand.row_dim >= len(operand.shape) - len(call["normalized_shape"]):
         raise RefusePadding("normalises over the padded rows")
@@ -18,7 +18,7 @@ def over_last_dims(call: Call) -> Results:
 
 @rule("aten::native_group_norm", sizes=("N",))
 def over_groups(call: Call) -> Results:
-    """Statistics per entry of dim 0 and group of channels."""
+    """Takes statistics per entry of dim 0 and group of channels."""
     if call.only("input").row_dim != 0:
         raise RefusePadding("normalises over the padded rows")
     return call.each(Fact.REPLICA)
@@ -26,7 +26,7 @@ def over_groups(call: Call) -> Results:
 
 @rule("aten::_native_batch_norm_legit_no_training", "aten::_batch_norm_no_update")
 def with_given_statistics(call: Call) -> Results:
-    """Evaluation: each entry is scaled by its channel's stored statistics."""
+    """Scales each entry by its channel's stored statistics, as in evaluation."""
     if call.only("input").row_dim == 1:
         raise RefusePadding("rows along the channels")
     return call.each(Fact.REPLICA)
@@ -40,7 +40,7 @@ def with_given_statistics(call: Call) -> Results:
     "aten::native_batch_norm",
 )
 def batch_norm(call: Call) -> Results:
-    """Training takes statistics over the batch; evaluation does not."""
+    """Refuses training, which takes statistics over the batch; evaluation does not."""
     if call["training"] is not False or call["running_mean"] is None:
         raise RefusePadding("takes batch statistics over the padded rows")
     return with_given_statistics(call)

@@ -47,7 +47,7 @@ _DIVISIONS = ("aten.div.", "aten.floor_divide", "aten.fmod.", "aten.remainder.",
     "prims::div",
 )
 def pointwise(call: Call) -> Results:
-    """Row by row, if all rows meet at the same dim."""
+    """Computes row by row, if all rows meet at the same dim."""
     meet(*call.operands)
     _check_division(call)
     if isinstance(call.node.meta["val"], (tuple, list)):  # frexp
@@ -57,7 +57,7 @@ def pointwise(call: Call) -> Results:
 
 @rule("aten::equal")
 def equal(call: Call) -> Results:
-    """Tagged pointwise by torch, but compares whole tensors."""
+    """Refuses what torch tags as pointwise, but compares whole tensors."""
     raise RefusePadding("compares padded rows")
 
 

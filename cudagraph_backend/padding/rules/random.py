@@ -8,5 +8,5 @@ from ..lattice import RefusePadding, Results
 
 @rule("prims::inductor_random", "prims::inductor_randint", sizes=("size",))
 def draw(call: Call) -> Results:
-    """Other operators that draw are known by their tag."""
+    """Refuses random numbers; other operators that draw are known by their tag."""
     raise RefusePadding("draws random numbers for the rows")

@@ -71,7 +71,7 @@ _ZERO_FROM_ZEROS = ("aten::amax", "aten::amin", "aten::any", "aten::sum")
     "aten::var.correction",
 )
 def reduce(call: Call) -> Results:
-    """Over other dims each row is reduced for itself; over the rows only what the padded rows can't change."""
+    """Reduces each row for itself over other dims; over the rows, only what the padded rows can't change."""
     operand, name = call.only("self"), call.operator
     if not over_rows(call):
         return call.keep(Fact.REPLICA | (Fact.ZERO if name in _ZERO_FROM_ZEROS else Fact.NOTHING))
@@ -84,7 +84,7 @@ def reduce(call: Call) -> Results:
 
 @rule("aten::max.dim", "aten::min.dim")
 def extreme(call: Call) -> Results:
-    """The extreme and its place: over the rows, if a mask keeps both among the real ones."""
+    """Finds the extreme and its place: over the rows, if a mask keeps both among the real ones."""
     operand = call.only("self")
     if not over_rows(call):
         return call.each(Fact.REPLICA)
@@ -108,7 +108,7 @@ def extreme(call: Call) -> Results:
     "prims::prepare_softmax_online",
 )
 def reduce_to_several(call: Call) -> Results:
-    """Several results per row, over other dims only."""
+    """Computes several results per row, over other dims only."""
     if over_rows(call):
         raise RefusePadding("reduces or sorts over the padded rows")
     return call.each(Fact.REPLICA)
@@ -136,20 +136,20 @@ def softmax(call: Call) -> Results:
 
 @rule("aten::glu")
 def halves(call: Call) -> Results:
-    """One half of another dim gates the other."""
+    """Gates one half of another dim by the other half."""
     if over_rows(call):
         raise RefusePadding("gates rows with other rows")
     return call.keep(Fact.REPLICA | Fact.ZERO)
 
 
 def _places_stay(call: Call, operand: Operand) -> bool:
-    """Whether real entries have the same number among all that are reduced, padded or not."""
+    """Returns whether real entries have the same number among all that are reduced, padded or not."""
     assert operand.rows is not FREE
     return operand.rows.together and (call["dim"] is not None or product(operand.shape[: operand.rows.dim]) == 1)
 
 
 def over_rows(call: Call) -> bool:
-    """Whether the reduced dims, all of them if none is named, include the row dim."""
+    """Returns whether the reduced dims, all of them if none is named, include the row dim."""
     operand, dims = call.operands[0], call["dim"]
     if dims is None or dims == []:
         return True

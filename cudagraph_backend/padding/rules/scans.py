@@ -10,13 +10,16 @@ from ..lattice import Fact, RefusePadding, Results, in_order
 
 @rule("aten::cumsum", "aten::cumprod", "aten::logcumsumexp")
 def scan(call: Call) -> Results:
-    """Along the rows, only earlier rows matter; what the padded rows then hold is lost track of."""
+    """Scans along the rows, where only earlier rows matter, or along another dim.
+
+    What the padded rows hold after a scan along the rows is lost track of.
+    """
     return _ordered(call, call.keep(_facts(call)))
 
 
 @rule("aten::cummax", "aten::cummin")
 def scan_with_places(call: Call) -> Results:
-    """As :func:`scan`, with the place of each extreme."""
+    """Scans as :func:`scan`, and gives the place of each extreme."""
     return tuple(_ordered(call, result) for result in call.each(_facts(call)))
 
 

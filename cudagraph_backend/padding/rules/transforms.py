@@ -8,7 +8,7 @@ from ..lattice import Fact, RefusePadding, Results
 
 @rule("aten::_fft_c2c", "aten::_fft_c2r", "aten::_fft_r2c")
 def fourier(call: Call) -> Results:
-    """Each row is transformed for itself, over other dims."""
+    """Transforms each row for itself, over other dims."""
     operand = call["self"]
     if operand.row_dim in [operand.dim(dim) for dim in call["dim"]]:
         raise RefusePadding("transforms over the padded rows")

@@ -27,13 +27,13 @@ from ..symbolic import ROWS, RowDim, product, shape_text, whole
     "prims::inductor_force_stride_order",
 )
 def same_entries(call: Call) -> Results:
-    """The row dim may get another number; each row keeps its entries."""
+    """Keeps each row's entries; the row dim may get another number."""
     return call.keep(Fact.ALL)
 
 
 @rule("aten::permute", "aten::t", "aten::transpose.int")
 def permute(call: Call) -> Results:
-    """Dims change places."""
+    """Changes the order of dims."""
     operand = call.only("self")
     assert operand.row_dim is not None
     order = list(range(len(operand.shape)))
@@ -47,7 +47,7 @@ def permute(call: Call) -> Results:
 
 @rule("aten::view", "aten::reshape", "aten::_unsafe_view", sizes=("size", "shape"))
 def reshape(call: Call) -> Results:
-    """In memory, rows are blocks of ``n`` chunks of entries; a reshape must keep blocks and chunks whole."""
+    """Reshapes rows, which in memory are blocks of ``n`` chunks of entries; blocks and chunks must stay whole."""
     operand, shape, after = call.only("self"), call.result_shape(), call.result_dim()
     try:
         return _reshaped(operand, shape, after)
@@ -76,7 +76,7 @@ def _reshaped(operand: Operand, shape: Sequence[sympy.Expr], after: RowDim | Non
 
 @rule("aten::view.dtype")
 def bitcast(call: Call) -> Results:
-    """Other bytes per entry change the last dim, which must not be the row dim."""
+    """Changes the last dim by reading other bytes per entry; it must not be the row dim."""
     operand = call.only("self")
     if operand.row_dim == len(operand.shape) - 1:
         raise RefusePadding("the entries of the row dim are read as another dtype")
@@ -85,7 +85,7 @@ def bitcast(call: Call) -> Results:
 
 @rule("aten::expand", sizes=("size",))
 def expand(call: Call) -> Results:
-    """Rows made by expanding a value free of rows are all the same."""
+    """Expands other dims, or a value free of rows to rows that are all the same."""
     operand = call.only("self")
     if operand.rows is FREE:
         return replace(call.keep(Fact.REPLICA), blocks=None)
@@ -94,7 +94,7 @@ def expand(call: Call) -> Results:
 
 @rule("aten::repeat", sizes=("repeats",))
 def repeat(call: Call) -> Results:
-    """A value free of rows may be repeated once per row; rows may be repeated along other dims."""
+    """Repeats a value free of rows once per row, or rows along other dims."""
     operand, repeats = call.only("self"), call["repeats"]
     if operand.rows is FREE:
         return in_order(call.keep(Fact.REPLICA))
@@ -105,7 +105,7 @@ def repeat(call: Call) -> Results:
 
 @rule("aten::slice.Tensor", sizes=("start", "end"))
 def cut(call: Call) -> Results:
-    """Of rows: whole blocks, or from a fixed place. Of a value free of rows: its first entries as rows."""
+    """Cuts rows into whole blocks, or at a fixed place; of a value free of rows, takes the first entries as rows."""
     operand = call["self"]
     dim, start, step = operand.dim(call["dim"]), call["start"] or 0, call["step"]
     if operand.rows is FREE:
@@ -133,7 +133,7 @@ def _prefix(call: Call, operand: Operand, dim: int) -> Rows:
 
 
 def _blocks(rows: Rows, start: sympy.Expr | int, count: sympy.Expr) -> Rows:
-    """Of ``rows``, whole blocks only: those from entry ``start``, with ``count`` entries per row."""
+    """Takes whole blocks of ``rows`` only: those from entry ``start``, with ``count`` entries per row."""
     whole(sympy.sympify(start), rows.per * ROWS, "cuts the rows at a place that is not fixed")
     return replace(rows, blocks=whole(count, rows.per, "cuts the rows at a place that is not fixed"))
 
@@ -144,7 +144,7 @@ def _is_count(number: object) -> bool:
 
 @rule("aten::select.int")
 def select(call: Call) -> Results:
-    """A fixed row counted from the front is a real row (or an error at the exact size, too)."""
+    """Selects a fixed row counted from the front, which is a real row (or an error at the exact size, too)."""
     operand = call["self"]
     if operand.dim(call["dim"]) != operand.row_dim:
         return call.keep(Fact.ALL)
@@ -162,7 +162,7 @@ def select(call: Call) -> Results:
     sizes=("split_size", "split_sizes"),
 )
 def split(call: Call) -> Results:
-    """Parts along another dim have all the rows; along the rows, a part is whole blocks."""
+    """Splits another dim into parts that have all the rows, or the rows into parts of whole blocks."""
     operand = call["self"]
     if operand.dim(call["dim"]) != operand.row_dim:
         return call.each(Fact.ALL)
@@ -176,7 +176,7 @@ def split(call: Call) -> Results:
 
 @rule("aten::cat", "aten::stack")
 def cat(call: Call) -> Results:
-    """Joined along another dim, the rows stay aligned; joined end to end, they become blocks."""
+    """Joins operands along another dim, where the rows stay aligned, or end to end, where they become blocks."""
     operands: list[Operand] = call["tensors"]
     rows = [operand.rows for operand in operands if operand.rows]
     if len({one.dim for one in rows}) > 1:
@@ -196,7 +196,7 @@ def cat(call: Call) -> Results:
 
 @rule("aten::flip", "aten::roll", "prims::rev")
 def reorder(call: Call) -> Results:
-    """Rows may not move to another place."""
+    """Reorders entries along other dims: rows may not move to another place."""
     operand, dims = call.operands[0], call["dims"]
     if not dims or operand.row_dim in [operand.dim(dim) for dim in dims]:
         raise RefusePadding("moves the rows to other places")
@@ -205,7 +205,7 @@ def reorder(call: Call) -> Results:
 
 @rule("aten::unfold")
 def unfold(call: Call) -> Results:
-    """Windows along another dim, or of rows one by one: the real ones of these end at the last real row."""
+    """Takes windows along another dim, or of rows one by one: the real ones of these end at the last real row."""
     operand = call["self"]
     if operand.dim(call["dimension"]) != operand.row_dim:
         return call.keep(Fact.ALL, dim=operand.row_dim)
@@ -231,7 +231,7 @@ def pad(call: Call) -> Results:
 
 @rule("aten::tril", "aten::triu")
 def triangle(call: Call) -> Results:
-    """Each entry is kept or zeroed by its own place."""
+    """Keeps or zeroes each entry by its own place."""
     operand = call["self"]
     inner = operand.row_dim >= len(operand.shape) - 2
     if inner and not operand.rows.together:
@@ -241,7 +241,7 @@ def triangle(call: Call) -> Results:
 
 @rule("aten::as_strided", sizes=("size", "stride"))
 def as_strided(call: Call) -> Results:
-    """A reshape, if all entries in memory are read in order; otherwise strides say nothing of rows."""
+    """Reshapes, if all entries in memory are read in order; otherwise strides say nothing of rows."""
     operand = call.only("self")
     val = call.node.args[0].meta["val"]  # type: ignore[union-attr]
     strides = [call.sizes.expr(stride) for stride in val.stride()]
@@ -252,7 +252,7 @@ def as_strided(call: Call) -> Results:
 
 
 def is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
-    """Whether the entries lie in memory one after the other, the last dim's next to each other."""
+    """Returns whether the entries lie in memory one after the other, the last dim's next to each other."""
     expected = sympy.S.One
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and sympy.expand(stride - expected) != 0:
@@ -263,7 +263,7 @@ def is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
 
 @rule("aten::diagonal")
 def diagonal(call: Call) -> Results:
-    """The diagonal over two other dims."""
+    """Takes the diagonal over two other dims."""
     if call["self"].row_dim in _diagonal_dims(call):
         raise RefusePadding("a diagonal over the rows")
     return call.keep(Fact.ALL)

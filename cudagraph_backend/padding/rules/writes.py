@@ -10,7 +10,7 @@ from ..lattice import FREE, Fact, RefusePadding, Results, meet
 
 @rule("aten::copy_")
 def write(call: Call) -> Results:
-    """Rows into rows; padded rows are not written back to the caller's tensor."""
+    """Writes rows into rows; padded rows are not written back to the caller's tensor."""
     target, source = call["self"], call["src"]
     if target.rows is FREE and source.rows is not FREE:
         raise RefusePadding("padded rows would be written into an input free of rows")
