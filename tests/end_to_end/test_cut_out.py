@@ -200,6 +200,18 @@ def test_where_that_is_not_possible_the_region_runs_uncaptured(why, monkeypatch)
     assert sg.stats().fallbacks == {"capture failed: operation not permitted when stream is capturing": len(SIZES)}
 
 
+def test_where_nothing_is_around_the_region_runs_uncaptured():
+    compiled = torch.compile(sine, backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 8)
+            runs.clear()
+            torch.testing.assert_close(compiled(x), x.sin())
+            assert runs == [n]
+    assert (sg.stats().regions, sg.stats().captures) == (1, 0)
+    assert sg.stats().fallbacks == {"capture failed: operation not permitted when stream is capturing": len(SIZES)}
+
+
 def test_with_strict_it_is_an_error():
     compiled = torch.compile(once, backend="sharedgraph", options={"strict": True, "pad": "assume"})
     with torch.no_grad(), pytest.raises(sg.RefusalError, match=r"capture failed.*cut_out.sine"):
