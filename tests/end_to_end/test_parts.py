@@ -442,7 +442,7 @@ def test_a_part_that_does_not_compile(device, weight, monkeypatch, unexpected):
 
 @pytest.mark.parametrize("why", ["other strides", "nothing computed"])
 def test_a_part_that_the_others_do_not_fit(why, weight, monkeypatch, caplog):
-    """Its results would be read where they are not, or never be made: the region is compiled whole, and runs uncaptured."""
+    """Its results would be read where they are not, or never be made: the region runs whole, and uncaptured."""
     compile_region, compilations = torch_internals.compile_region, []
 
     def count(gm, example_inputs, **kwargs):
