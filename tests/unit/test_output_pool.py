@@ -329,7 +329,7 @@ def test_where_every_access_can_be_forbidden_the_range_is_free_at_once(
     assert pool.live.all() == [taken]
     assert taken.lent is not forgotten, "the storage of the output that was lost is lent to nobody"
     assert (later == 2).all()
-    with pytest.raises(RuntimeError, match="model.py:3 in f"):
+    with pytest.raises(RuntimeError, match=r"model\.py:3 in f"):
         output + 1
 
 
@@ -340,8 +340,10 @@ def test_a_range_that_begins_before_a_new_one_is_listed_no_more_when_it_is_dead(
     assert pool.live.all() == [second]
     assert pool.live.within((0, ALIGNMENT)) == []
     del output
-    output = output_on(pool, long, 8)
+    later = output_on(pool, long, 8)
     assert pool.live.all() == [long]
+    del later
+    assert pool.live.all() == []
 
 
 def test_a_live_output_outlives_the_pool():
