@@ -10,7 +10,7 @@ import torch
 
 import cudagraph_backend as sg
 from cudagraph_backend import torch_internals
-from cudagraph_backend.drivers.host import HostMemory
+from cudagraph_backend.drivers.host import HostDriver, HostMemory
 from cudagraph_backend.runtime.allocations import Allocations
 
 CPU = torch.device("cpu")
@@ -111,3 +111,14 @@ def test_results_that_lie_otherwise_than_inductor_states_go_to_no_pool(monkeypat
         torch.testing.assert_close(compiled(x), x * 2)
     assert sg.stats().fallbacks == {"output 0 has strides (4, 1) where Inductor states (1, 8)": 2}
     assert sg.stats().captures == 0
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_inside_a_capture_of_the_users_own_the_region_runs_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    compiled = torch.compile(lambda x: x * 2, backend="sharedgraph")
+    for is_capturing in (False, True, False):
+        monkeypatch.setattr(HostDriver, "is_capturing", lambda self, answer=is_capturing: answer)
+        x = dynamic(5)
+        torch.testing.assert_close(compiled(x), x * 2)
+    assert list(sg.stats().fallbacks.values()) == [1]
+    assert (sg.stats().captures, sg.stats().replays) == (1, 2)

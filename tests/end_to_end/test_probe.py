@@ -461,6 +461,21 @@ def test_a_probe_that_never_tells_ends(options, device):
     assert "the probe could not tell at 3 calls: all rows of an integer input are zero" in sg.explain()
 
 
+def test_a_probe_that_can_not_tell_of_a_region_that_is_full(device):
+    """At its exact size it would need one more graph."""
+
+    def function(x, types):
+        return double(x) + types[:, None]
+
+    compiled = probed(function, max_graphs=1)
+    for n, kind in ((5, 1), (12, 0), (5, 1)):
+        x, types = rows(n, device), torch.full((n,), kind, device=device)
+        torch._dynamo.mark_dynamic(types, 0)
+        assert torch.equal(compiled(x, types), x * 2 + kind)
+    assert sg.stats().graphs == 1
+    assert sg.stats().fallbacks == {"the region holds max_graphs graphs": 1}
+
+
 def test_no_probe_where_extremes_might_become_an_index(device):
     table = torch.randn(10, 4, device=device)
 
