@@ -47,9 +47,10 @@ def weighted(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch
 def test_without_a_graph_the_bucket_is_sent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HostDriver, "capture", no_memory)
     options = {"capture_sizes": [8, 16]}
-    compiled = torch.compile(weighted, backend="sharedgraph", dynamic=True, options=options)
+    compiled = torch.compile(weighted, backend="sharedgraph", options=options)
     for n in (5, 7, 8, 16, 11):
         x, weight = torch.randn(n, 4), torch.randn(4)
+        torch._dynamo.mark_dynamic(x, 0)
         expected = (x * 2 + 1) * weight, (x * 2 + 1) * weight, n
         sent.clear()
         results = compiled(x, weight)

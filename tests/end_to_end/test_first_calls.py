@@ -12,6 +12,7 @@ import cudagraph_backend as sg
 from cudagraph_backend import torch_internals
 from cudagraph_backend.drivers.host import HostDriver, HostMemory
 from cudagraph_backend.runtime.allocations import Allocations
+from cudagraph_backend.runtime.places import Places
 
 CPU = torch.device("cpu")
 NO_POOL = "no memory for the output pool: full"
@@ -26,15 +27,18 @@ def dynamic(n: int, width: int = 4) -> torch.Tensor:
 @pytest.fixture
 def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is staged finds room in the output pool, the outputs none."""
-    allowed, grow = [1], HostMemory.grow
 
-    def once(self: HostMemory, nbytes: int) -> None:
-        if not allowed:
-            raise torch.OutOfMemoryError("full")
-        allowed.pop()
-        grow(self, nbytes)
+    def full(self: HostMemory, nbytes: int) -> None:
+        raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(HostMemory, "grow", once)
+    provide = Places.provide
+
+    def provide_in_vain(self: Places, *args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(HostMemory, "grow", full)
+            return provide(self, *args)
+
+    monkeypatch.setattr(Places, "provide", provide_in_vain)
 
 
 @pytest.fixture
@@ -84,6 +88,26 @@ def test_a_backward_runs_once_where_its_results_find_no_room():
     assert sg.stats().captures == 0
 
 
+@pytest.mark.usefixtures("small_pool")
+def test_a_forward_that_writes_hands_its_arguments_on_to_the_backward_as_they_came():
+    """They are read there at the sizes of the call, not of its bucket."""
+    weight, calls = torch.randn(4, 4, requires_grad=True), torch.zeros(3)
+
+    def function(x: torch.Tensor, calls: torch.Tensor) -> torch.Tensor:
+        calls.add_(1)
+        return (x @ weight).tanh()
+
+    compiled = torch.compile(function, backend="sharedgraph")
+    for number, n in enumerate((5, 5, 7), start=1):
+        x = dynamic(n)
+        result, expected = compiled(x, calls), (x @ weight).tanh()
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(calls, torch.full((3,), float(number)))
+        ours, eager = (torch.autograd.grad(y.square().sum(), weight) for y in (result, expected))
+        torch.testing.assert_close(ours, eager)
+    assert set(sg.stats().fallbacks) == {NO_POOL}
+
+
 @pytest.mark.usefixtures("no_memory_to_run", "no_grad")
 def test_without_memory_to_run_a_bucket_the_call_runs_at_its_own_size():
     compiled = torch.compile(lambda x: x * 2, backend="sharedgraph")
@@ -110,6 +134,23 @@ def test_results_that_lie_otherwise_than_inductor_states_go_to_no_pool(monkeypat
         x = dynamic(n)
         torch.testing.assert_close(compiled(x), x * 2)
     assert sg.stats().fallbacks == {"output 0 has strides (4, 1) where Inductor states (1, 8)": 2}
+    assert sg.stats().captures == 0
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_results_of_a_size_that_the_graph_does_not_state_go_to_no_pool(monkeypatch: pytest.MonkeyPatch):
+    bound_to = Allocations.bound_to
+
+    def cut(self: Allocations, compiled: Any, device_type: str) -> Callable[..., Any]:
+        run = bound_to(self, compiled, device_type)
+        return lambda inputs: [result[1:] for result in run(inputs)]
+
+    monkeypatch.setattr(Allocations, "bound_to", cut)
+    compiled = torch.compile(lambda x: x * 2, backend="sharedgraph")
+    for n in (5, 7):
+        x = dynamic(n)
+        torch.testing.assert_close(compiled(x), x * 2)
+    assert sg.stats().fallbacks == {"output 0 has size (7, 4), which the graph does not state": 2}
     assert sg.stats().captures == 0
 
 

@@ -64,8 +64,10 @@ def test_a_table_is_launched_with_the_addresses_of_the_call(gpu: Gpu):
     launches, first, second = Launches(gpu.device, gpu.launcher), torch.randn(6, 2), torch.randn(6, 2)
     staging = staged(launches, first)
     staging([second])
+    staging([torch.randn(13)[1:].view(6, 2)])
     assert gpu.kernels == [FEW_DIMS], "one kernel for all tables of so many dims"
-    (programs, stream, table, sources, device), later = gpu.launched
+    (programs, stream, table, sources, device), later, unaligned = gpu.launched
+    assert unaligned[2] != table, "one for each alignment"
     assert programs > 0
     assert (stream, device) == (7, 0)
     assert sources == [first.data_ptr(), *[0] * (MAX_SOURCES - 1)]
