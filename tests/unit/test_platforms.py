@@ -8,7 +8,17 @@ from types import ModuleType
 import pytest
 import torch
 
-from cudagraph_backend.drivers.platforms import CUDA, DRIVERS, PLATFORMS, driver_refusal, new_driver, platform_of
+from cudagraph_backend.drivers.platforms import (
+    CUDA,
+    DRIVERS,
+    PLATFORMS,
+    driver_refusal,
+    forks,
+    generators_of,
+    new_driver,
+    platform_of,
+    synchronize,
+)
 
 
 def test_names_are_apart_and_those_with_a_driver_are_options():
@@ -29,7 +39,11 @@ def test_a_driver_has_its_device_and_does_not_poison(platform):
 
 
 def test_a_device_of_no_platform():
-    assert platform_of(torch.device("meta")) is None
+    meta = torch.device("meta")
+    assert platform_of(meta) is None
+    assert generators_of(meta) == ()
+    assert forks(meta)
+    synchronize(meta)  # there is nothing to wait for
 
 
 @pytest.mark.parametrize("driver", ["auto", "cuda"])

@@ -121,6 +121,15 @@ def test_forbidden_memory_raises_with_the_message():
     assert torch.equal(other + 1, torch.ones(4))
 
 
+def test_where_torch_can_forbid_all_accesses_it_is_left_to_do_so(monkeypatch: pytest.MonkeyPatch):
+    forbidden: list[Any] = []
+    monkeypatch.setattr(storages, "_FORBID_ACCESS", lambda *given: forbidden.append(given))
+    tensor = torch.zeros(4)
+    forbid_access(tensor.untyped_storage(), "it was overwritten")
+    assert forbidden == [(tensor.untyped_storage()._cdata, "it was overwritten")]
+    assert torch.equal(tensor + 1, torch.ones(4)), "no other class is needed"
+
+
 def test_tensors_made_outside_of_inference_mode_can_be_saved_for_backward():
     with torch.inference_mode():
         with outside_inference_mode():

@@ -105,7 +105,8 @@ class Launches:
 class Part:
     """What one launch stages: any number of inputs, up to ``MAX_SOURCES`` of them copied.
 
-    There is work in each of them. ``strides`` are those of the copied arguments, which are guarded: all calls of a route have the same.
+    There is work in each of them, so that no table is empty. ``strides`` are those of the copied arguments, which are
+    guarded: all calls of a route have the same.
     """
 
     def __init__(
