@@ -106,6 +106,7 @@ def test_what_is_around_is_captured(function, structure, dynamic):
     assert "softmax(-1)  # the line" in sg.explain()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_in_training(dynamic):
     weight = torch.randn(8, 8, requires_grad=True)
@@ -143,6 +144,7 @@ def test_what_it_takes_to_compile_again_is_dropped_with_the_first_capture():
     assert [r._cut_out for r in sharedgraph.regions()] == [None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [once, twice])
 def test_parts_that_hold_for_certain_sizes_only_are_called_for_these(function, monkeypatch):
     """Dynamo's guards are made by then. Inductor compares sizes with the range of 32-bit indices, for one."""

@@ -70,6 +70,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_operators_around_one_that_cannot_be_captured(name, device, weight):
     function, structure = STRUCTURES[name]
@@ -353,6 +354,7 @@ def train(model: Callable, parameters: Sequence[torch.Tensor], device: torch.dev
     return grads
 
 
+@pytest.mark.slow
 def test_training(device):
     ours = Trained().to(device)
     eager = copy.deepcopy(ours)
@@ -368,6 +370,7 @@ def test_training(device):
     assert stats.rows_padded > 0
 
 
+@pytest.mark.slow
 def test_a_second_compilation_finds_all_parts_in_the_cache(device):
     """Inductor's cache checks guards on sizes when it finds an entry: each part must be given what they need."""
     ours = Trained().to(device)
