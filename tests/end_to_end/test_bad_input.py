@@ -43,12 +43,14 @@ def test_wrong_options(options, message):
     assert isinstance(raised.value, sg.OptionError) or isinstance(raised.value.inner_exception, sg.OptionError)
 
 
+@pytest.mark.slow
 def test_driver_off_runs_the_compiled_region(device):
     x = torch.randn(5, device=device)
     torch.testing.assert_close(run(lambda x: x * 2, x, driver="off"), x * 2)
     assert sg.stats().fallbacks == {"capture is off (option driver='off')": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "captures"),
     [(lambda x: x[x[:, 0] > 0] * 2, 3), (lambda x: x.nonzero().T.contiguous() * 2, 0)],

@@ -106,6 +106,7 @@ def test_what_is_around_is_captured(function, structure, dynamic):
     assert "softmax(-1)  # the line" in sg.explain()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_in_training(dynamic):
     weight = torch.randn(8, 8, requires_grad=True)
@@ -143,6 +144,7 @@ def test_what_it_takes_to_compile_again_is_dropped_with_the_first_capture():
     assert [r._cut_out for r in sharedgraph.regions()] == [None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [once, twice])
 def test_parts_that_hold_for_certain_sizes_only_are_called_for_these(function, monkeypatch):
     """Dynamo's guards are made by then. Inductor compares sizes with the range of 32-bit indices, for one."""
@@ -197,6 +199,18 @@ def test_where_that_is_not_possible_the_region_runs_uncaptured(why, monkeypatch)
             torch.testing.assert_close(compiled(x, weight), once(x, weight))
     assert len(compilations) > 1
     assert sg.stats().captures == 0
+    assert sg.stats().fallbacks == {"capture failed: operation not permitted when stream is capturing": len(SIZES)}
+
+
+def test_where_nothing_is_around_the_region_runs_uncaptured():
+    compiled = torch.compile(sine, backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for n in SIZES:
+            x = torch.randn(n, 8)
+            runs.clear()
+            torch.testing.assert_close(compiled(x), x.sin())
+            assert runs == [n]
+    assert (sg.stats().regions, sg.stats().captures) == (1, 0)
     assert sg.stats().fallbacks == {"capture failed: operation not permitted when stream is capturing": len(SIZES)}
 
 

@@ -72,6 +72,19 @@ def test_minilm_with_real_weights_and_sentences(tmp_path: Path):
     assert data["stats"]["output_pool_bytes"] >= workload.MAX_ROWS * 384 * 4
 
 
+def test_llama_answers_with_the_logits_of_the_next_token(tmp_path: Path):
+    data = run_demo(tmp_path / "out.json", "--model", "llama", "--requests", "5", "--ways", "sharedgraph")
+    assert data["max_abs_error"] <= 1e-4
+    assert data["stats"]["fallbacks"] == {}
+    made = workload.build("llama", 5, 0, torch.device("cpu"))
+    assert [ids.shape for (ids,) in made.requests] == [(n, workload.LLAMA_LENGTH) for n in workload.row_counts(5, 0)]
+    with torch.inference_mode():
+        logits = made.module(*made.requests[0])
+        whole = made.module.llama(input_ids=made.requests[0][0]).logits
+    torch.testing.assert_close(logits, whole[:, -1])
+    assert logits.shape[1] == models.LLAMA_VOCABULARY
+
+
 def test_the_encoder_is_the_one_that_sentence_transformers_runs():
     sentence_transformers = pytest.importorskip("sentence_transformers")
     sentences = workload.read_sentences()[:5]

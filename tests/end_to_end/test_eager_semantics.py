@@ -107,6 +107,7 @@ def test_an_output_that_is_a_view_of_a_parameter(device):
             torch.testing.assert_close(rest, linear.weight[1:])
 
 
+@pytest.mark.slow
 def test_views_across_graph_breaks(device):
     """What one region makes and another one views is one memory, as in eager."""
 
@@ -176,6 +177,7 @@ def test_complex_outputs(device):
 # ---- liveness
 
 
+@pytest.mark.slow
 def test_an_output_that_is_dropped_is_gone(device):
     f = compiled(lambda x: x * 2)
     model = compiled(mlp(device))
@@ -189,6 +191,7 @@ def test_an_output_that_is_dropped_is_gone(device):
             assert storage() is None
 
 
+@pytest.mark.slow
 def test_outputs_dropped_between_graph_breaks(device):
     """An intermediate value that dies within the function, and one that lives on, may share no memory."""
 
@@ -352,6 +355,7 @@ def test_evaluation_between_training_steps(device):
             torch.testing.assert_close(f(other), eager(other), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_across_graph_breaks(device):
     """The backwards of several regions run in reverse order, each with what its forward saved."""
     first, second = mlp(device, 0), nn.Linear(4, 8, device=device)
@@ -372,6 +376,7 @@ def test_training_across_graph_breaks(device):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_model_feeds_another_in_training(device):
     """The tangent of the first one is an output of the second one's backward."""
     first, second = mlp(device, 0), nn.Sequential(nn.Linear(4, 8), nn.Tanh()).to(device)
@@ -451,6 +456,7 @@ def test_an_output_changed_in_place_before_backward(device):
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpointed_modules(device):
     model = mlp(device)
 
@@ -510,6 +516,7 @@ def test_inference_tensors_go_in_and_out(device):
         torch.testing.assert_close(z, x * 4)
 
 
+@pytest.mark.slow
 def test_outputs_without_gradients_need_none(device):
     model = mlp(device)
     f = compiled(model)
@@ -525,6 +532,7 @@ def test_outputs_without_gradients_need_none(device):
         torch.testing.assert_close(out, model(x).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_train_and_eval_alternate(device):
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).to(device)
@@ -879,6 +887,7 @@ def test_error_in_training_spares_what_a_pending_backward_needs_or_says_so(devic
 # ---- many of everything
 
 
+@pytest.mark.slow
 def test_several_models_interleaved(device):
     """Each keeps an output, and feeds another one from time to time."""
     models = [mlp(device, seed) for seed in range(3)]
@@ -954,6 +963,7 @@ def test_four_threads_that_share_a_model_and_keep_outputs(device):
     run_threads(work, 4)
 
 
+@pytest.mark.slow
 def test_four_threads_that_train(device):
     models = [mlp(device, seed) for seed in range(4)]
     functions = [compiled(m) for m in models]
@@ -1031,6 +1041,7 @@ def test_compiled_code_that_is_dropped_frees_its_graphs_and_memory(device):
     assert after.output_pool_bytes == 0
 
 
+@pytest.mark.slow
 def test_dropped_code_leaves_its_outputs_and_those_made_from_them(device):
     (first, second), (drop_first, drop_second) = two_functions()
     with torch.no_grad():
@@ -1047,6 +1058,7 @@ def test_dropped_code_leaves_its_outputs_and_those_made_from_them(device):
             torch.testing.assert_close(y, x * 2 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", [sg.reset, torch._dynamo.reset])
 def test_a_reset_in_the_middle(reset, device):
     """Outputs that are held, feed back, or await their backward survive it; so do later calls."""

@@ -121,6 +121,7 @@ def test_a_whole_path_tells_two_inputs_of_one_name_apart(device):
 # ------------------------------------------------------------------------------------------------ values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_ignored_labels_make_a_loss_exact(reduction, device):
     """A sum over rows, which no proof allows; whoever knows that -100 is ignored may say so."""

@@ -119,6 +119,8 @@ def test_alias_info(device):
     assert (view.start, view.output) == (sg.alias_info(doubled).start + 2 * 16, 0)
     assert sg.alias_info(doubled.clone()) is None
     assert sg.alias_info(torch.randn(3, device=device)) is None
+    assert sg.alias_info(doubled[12:]) is None, "it has no bytes"
+    assert sg.alias_info(torch.eye(3, device=device).to_sparse()) is None
     with pytest.raises(TypeError, match="alias_info: got a int"):
         sg.alias_info(3)
 

@@ -60,6 +60,10 @@ def test_explain_tells_each_kind_of_memory(device):
     ]
 
 
+def test_without_regions_there_is_nothing_to_explain():
+    assert sg.explain() == "sharedgraph: no region is compiled"
+
+
 def test_the_host_has_no_executables(device):
     serve(device)
     assert sg.stats().executable_bytes == 0

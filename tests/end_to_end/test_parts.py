@@ -70,6 +70,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_operators_around_one_that_cannot_be_captured(name, device, weight):
     function, structure = STRUCTURES[name]
@@ -353,6 +354,7 @@ def train(model: Callable, parameters: Sequence[torch.Tensor], device: torch.dev
     return grads
 
 
+@pytest.mark.slow
 def test_training(device):
     ours = Trained().to(device)
     eager = copy.deepcopy(ours)
@@ -368,6 +370,7 @@ def test_training(device):
     assert stats.rows_padded > 0
 
 
+@pytest.mark.slow
 def test_a_second_compilation_finds_all_parts_in_the_cache(device):
     """Inductor's cache checks guards on sizes when it finds an entry: each part must be given what they need."""
     ours = Trained().to(device)
@@ -436,5 +439,32 @@ def test_a_part_that_does_not_compile(device, weight, monkeypatch, unexpected):
     (told,) = unexpected
     unexpected.clear()
     assert "no code for this part" in told
+    assert (stats.regions, stats.graphs) == (1, 0)
+    assert stats.fallbacks == {"the operator is tagged unsafe for CUDA graphs": len(SIZES)}
+
+
+@pytest.mark.parametrize("why", ["other strides", "nothing computed"])
+def test_a_part_that_the_others_do_not_fit(why, weight, monkeypatch, caplog):
+    """Its results would be read where they are not, or never be made: the region runs whole, and uncaptured."""
+    compile_region, compilations = torch_internals.compile_region, []
+
+    def count(gm, example_inputs, **kwargs):
+        compilations.append(gm)
+        return compile_region(gm, example_inputs, **kwargs)
+
+    output_strides, is_compiled_graph = torch_internals.output_strides, torch_internals.is_compiled_graph
+    monkeypatch.setattr(torch_internals, "compile_region", count)
+    if why == "other strides":
+        told = "Inductor lays out what a part reads with strides ('1', '8')"
+        monkeypatch.setattr(
+            torch_internals, "output_strides", lambda c: [("1", "8")] if len(compilations) == 1 else output_strides(c)
+        )
+    else:
+        told = "a part computes nothing"
+        monkeypatch.setattr(
+            torch_internals, "is_compiled_graph", lambda c: len(compilations) != 2 and is_compiled_graph(c)
+        )
+    stats = check(STRUCTURES["middle"][0], lambda n: [torch.randn(n, 8), weight])
+    assert f"is not captured in parts: {told}" in caplog.text
     assert (stats.regions, stats.graphs) == (1, 0)
     assert stats.fallbacks == {"the operator is tagged unsafe for CUDA graphs": len(SIZES)}

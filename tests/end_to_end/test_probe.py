@@ -49,6 +49,12 @@ def scale_in_fours(x):
     return (padded / (1 + padded.nan_to_num(9).abs().amax((1, 2), keepdim=True))).flatten(0, 1)[: x.shape[0]].clone()
 
 
+def fail_on_nan(x):
+    if x.isnan().any():
+        raise RuntimeError("NaN does not work")
+    return x * 2
+
+
 double = operator("double", lambda x: x * 2)
 softmax = operator("softmax", lambda x: x.softmax(1))
 double_ids = operator("double_ids", lambda x: x * 2)
@@ -68,6 +74,9 @@ MIXING = {
     "largest": operator("largest", lambda x: x + x.amax(0)),
 }
 raising = operator("raising", raise_on_nan)
+failing = operator("failing", fail_on_nan)
+negation = operator("negation", lambda x: ~x)
+any_row = operator("any_row", lambda x: x ^ x.any())
 flip = operator("flip", lambda x: x.flip(0))
 fours = operator("fours", scale_in_fours)
 
@@ -152,6 +161,18 @@ def test_every_size_is_probed(device):
     (region,) = sg.sharedgraph.regions()
     assert sorted(bucket[0] for bucket in region.state.planner.buckets) == [4, 5, 6, 8]
     assert sg.stats().captures == 1 + 4  # no graph from before is used, not even for eight real rows
+
+
+@pytest.mark.parametrize("op", [negation, any_row])
+def test_truth_values(op, device):
+    compiled = probed(op)
+    for n, are_true in ((5, 0), (11, 0), (6, 0), (6, 1), (7, 2)):  # where none is true, a padded one that is tells
+        x = torch.zeros(n, 4, dtype=torch.bool, device=device)
+        x[:are_true] = True
+        torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), op(x))
+    assert (sg.stats().rows_padded > 0) == (op is negation)
+    assert sg.stats().fallbacks == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64])
@@ -440,6 +461,21 @@ def test_a_probe_that_never_tells_ends(options, device):
     assert "the probe could not tell at 3 calls: all rows of an integer input are zero" in sg.explain()
 
 
+def test_a_probe_that_can_not_tell_of_a_region_that_is_full(device):
+    """At its exact size it would need one more graph."""
+
+    def function(x, types):
+        return double(x) + types[:, None]
+
+    compiled = probed(function, max_graphs=1)
+    for n, kind in ((5, 1), (12, 0), (5, 1)):
+        x, types = rows(n, device), torch.full((n,), kind, device=device)
+        torch._dynamo.mark_dynamic(types, 0)
+        assert torch.equal(compiled(x, types), x * 2 + kind)
+    assert sg.stats().graphs == 1
+    assert sg.stats().fallbacks == {"the region holds max_graphs graphs": 1}
+
+
 def test_no_probe_where_extremes_might_become_an_index(device):
     table = torch.randn(10, 4, device=device)
 
@@ -483,6 +519,16 @@ def test_errors_of_the_call_itself_are_the_callers(device):
     with pytest.raises(ValueError, match="NaN is not accepted"):
         compiled(x)
     check(compiled, raising, device, (5, 6))
+
+
+@CALLS_PYTHON
+def test_a_runtime_error_is_no_lack_of_memory(device):
+    compiled = probed(failing)
+    x = rows(5, device)
+    x[1] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN does not work"):
+        compiled(x)
+    check(compiled, failing, device, (5, 6))
 
 
 @CALLS_PYTHON

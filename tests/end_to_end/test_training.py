@@ -17,6 +17,7 @@ def _model(device):
     return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4)).to(device)
 
 
+@pytest.mark.slow
 def test_training_steps(device):
     ours = _model(device)
     eager = copy.deepcopy(ours)
@@ -34,6 +35,7 @@ def test_training_steps(device):
     assert sg.stats().fallbacks == {}
 
 
+@pytest.mark.slow
 def test_two_forwards_before_their_backwards_in_any_order(device):
     model = _model(device)
     compiled = torch.compile(model, backend="sharedgraph")
@@ -69,6 +71,7 @@ def test_input_gradients(device):
         torch.testing.assert_close(x.grad, 2 * x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"verify": "capture"}])
 def test_results_in_the_memory_of_saved_activations(device, options):
     """A backward may use what its forward saved as memory for a gradient, also where that was copied to be read.
@@ -91,6 +94,7 @@ def test_results_in_the_memory_of_saved_activations(device, options):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_large_activations_of_a_fixed_size_in_any_order_of_backwards(device):
     """They are large enough to be taken for caches, and a backward may use their memory for its results."""
     first, second = nn.Linear(256, 256, device=device), nn.Linear(256, 256, device=device)

@@ -102,6 +102,7 @@ def pool_bound(nbytes, ranges, device):
 # ---- graphs and copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [broken, chained])
 def test_graphs_are_as_many_as_regions_and_buckets(make, device):
     function = make(device)
@@ -116,6 +117,7 @@ def test_graphs_are_as_many_as_regions_and_buckets(make, device):
     assert stats.captures <= 6 * len(BUCKETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [broken, chained])
 def test_only_the_first_region_copies_its_input(make, device):
     function = make(device)
@@ -131,6 +133,7 @@ def test_only_the_first_region_copies_its_input(make, device):
     assert counted("outputs_copied_out") == 0
 
 
+@pytest.mark.slow
 def test_a_second_round_captures_nothing(device):
     function = broken(device)
     captures = []
@@ -308,6 +311,7 @@ def states(x):
     return [a, b, c, d, b[1:]]
 
 
+@pytest.mark.slow
 def test_outputs_alive_in_the_step_are_not_overwritten(device):
     f = all_dims(states, capture_sizes=[16, 32])
     pool = []

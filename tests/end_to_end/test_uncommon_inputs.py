@@ -46,6 +46,7 @@ def test_jagged_tensors(name, device):
     assert sg.stats().replays > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JAGGED)
 def test_jagged_tensors_in_training(name, device):
     weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).to(device) / 4

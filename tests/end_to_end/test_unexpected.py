@@ -67,6 +67,27 @@ def test_it_is_an_error_where_every_refusal_is_one(device, monkeypatch):
         compiled(torch.randn(4, device=device))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_region_that_computes_nothing_is_returned_as_inductor_left_it(strict, device, monkeypatch, unexpected):
+    """There is nothing to capture, and nothing to refuse: the backward of a sum hands its gradient on."""
+    analyse = region_compile.analyse
+
+    def fail_for_a_backward(gm, example_inputs, kind, *args):
+        if kind == "backward":
+            raise KeyError("s21")
+        return analyse(gm, example_inputs, kind, *args)
+
+    monkeypatch.setattr(region_compile, "analyse", fail_for_a_backward)
+    compiled = torch.compile(lambda x, y: x + y, backend="sharedgraph", options={"strict": strict})
+    for _ in range(3):
+        x, y = (torch.randn(4, 8, device=device, requires_grad=True) for _ in range(2))
+        gradient = torch.randn(4, 8, device=device)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x, y), (x, y), gradient), (gradient, gradient))
+    assert [replayer.region.kind for replayer in sg.sharedgraph.regions()] == ["forward"]
+    assert sg.stats().fallbacks == {}
+    assert not unexpected
+
+
 def test_an_error_of_inductors_is_the_users_to_see(device, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no compiler")

@@ -172,6 +172,7 @@ def train(model, x):
     return [out.detach().clone(), *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [True, False])
 def test_training(backward, device):
     model = Mlp().to(device)

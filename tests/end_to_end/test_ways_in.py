@@ -318,6 +318,7 @@ def test_the_precompile_cache_neither_gives_nor_takes(device, tmp_path):
 # ---- Hugging Face
 
 
+@pytest.mark.slow
 def test_compile_config_as_it_comes(device):
     config = transformers.LlamaConfig(
         vocab_size=64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cudagraph_backend.compile.analysis import analyse, complete
+from cudagraph_backend.compile.capturable import op_refusal
 from cudagraph_backend.compile.outputs import with_strides
 from cudagraph_backend.graph.source import source_line
 from cudagraph_backend.options import Options
@@ -321,6 +323,11 @@ def test_a_dynamic_stride_without_a_dynamic_size_is_not_padded():
     assert "has a dynamic stride, not a dynamic size" in str(verdicts(region)[1])
 
 
+def test_rows_that_are_the_stride_of_another_input_are_not_padded():
+    region = region_of(lambda x, y: (x * 2, y * 2), torch.randn(6, 4), torch.randn(5, 6)[:, 0], pad="assume")
+    assert "has a dynamic stride, not a dynamic size" in str(verdicts(region)[0])
+
+
 def test_an_int_argument_is_padded_with_the_dim_that_it_counts():
     """As after a graph break: the size comes as an int, the tensor that it was read from does not come along."""
 
@@ -459,6 +466,25 @@ def test_an_op_that_can_not_be_captured_is_named_with_its_line(model: Any, reaso
 )
 def test_what_can_be_captured_is_not_refused(model: Callable[..., Any]):
     assert region_of(model, torch.randn(6, 4)).refusal is None
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_a_wait_is_for_one_of_several_collectives_that_began_in_the_graph(is_ours: bool):
+    graph, collectives = Graph(), torch.ops._c10d_functional
+    x = graph.placeholder("x")
+    begin = collectives.all_reduce_coalesced.default
+    begun = graph.call_function(begin, ([x, x], "sum", "0")) if is_ours else graph.placeholder("begun")
+    second = graph.call_function(operator.getitem, (begun, 1))
+    wait = graph.call_function(collectives.wait_tensor.default, (second,))
+    for node in (x, second, wait):
+        node.meta["val"] = torch.empty(3)
+    begun.meta["val"] = [torch.empty(3), torch.empty(3)]
+    refusal = op_refusal(wait, torch.device("cpu"))
+    if is_ours:
+        assert refusal is None
+    else:
+        assert refusal is not None
+        assert refusal.reason == "it waits for a collective that is not in the graph"
 
 
 def test_a_float_of_a_size_is_no_data():

@@ -152,6 +152,7 @@ def test_a_topic_on_the_host_driver():
     assert {row.note for row in found if row.way == "reduce-overhead"} == {"needs CUDA"}
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_call_are_measured_on_the_host_driver():
     with torch.inference_mode():
         found = micro_call.measure(inputs=2, parameters=1, rounds=1, device=CPU)

@@ -100,6 +100,7 @@ def test_of_the_users_sizes_the_smallest_admitted_serves(
         (10, None, 5, 40),
         (3, 20, 5, 20),  # the bound itself is the last to try
         (33, None, 64, 64),
+        (18, 23, 4, 18),  # no size from the bound on comes after it
         (10, None, 7, 10),  # 16, 24, 32, 40: none; the exact size
         (129, None, 97, 129),
     ],

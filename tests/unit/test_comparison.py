@@ -48,6 +48,7 @@ def test_results_rounded_from_slightly_different_values_are_close(dtype, size):
     assert is_close((exact * noise).to(dtype), exact.to(dtype), eps(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_product_is_close_to_itself_in_other_tiles(dtype):
     a, b = (torch.randn(200, 200).to(dtype) for _ in range(2))

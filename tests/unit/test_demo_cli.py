@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import cudagraph_backend as sg
 from cudagraph_backend.__main__ import build_parser, main
-from cudagraph_backend.demo import DemoError, cli, models, ways
+from cudagraph_backend.demo import DemoError, cli, models, page, ways
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -64,9 +65,12 @@ def test_json_onto_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "is a folder" in message(capsys, "demo", "--model", "mlp", "--json", str(tmp_path))
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_json_without_the_right_to_write(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_json_without_the_right_to_write(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     tmp_path.chmod(0o500)
+    if os.geteuid() == 0:  # who may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     assert "no right to write" in message(capsys, "demo", "--model", "mlp", "--json", str(tmp_path / "out.json"))
 
 
@@ -123,3 +127,16 @@ def test_progress_is_reported_as_often_as_it_was_announced(monkeypatch: pytest.M
     assert [result.max_abs_error for result in results] == pytest.approx([0.0, 0.5])
     assert [result.captures for result in results] == [0, 7]
     assert [len(result.call_s) for result in results] == [2, 2]
+
+
+def test_the_explanation_is_printed_where_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    ours = ways.WayResult("sharedgraph", 1.0, (0.001,), 0.0, 0, stats=sg.stats().as_dict(), explanation="region 0 why")
+    served = page.DemoResult("cpu", "a CPU", "mlp", "rows", 3, 0, 2, (ours,))
+    monkeypatch.setattr(cli, "serve", lambda *given: served)
+    command = ["demo", "--model", "mlp", "--device", "cpu", "--ways", "sharedgraph"]
+    assert main(command) == 0
+    assert "region 0 why" not in capsys.readouterr().out
+    assert main([*command, "--explain"]) == 0
+    assert capsys.readouterr().out.endswith("\nregion 0 why\n")

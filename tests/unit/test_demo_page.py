@@ -109,6 +109,12 @@ def test_the_text_gives_graphs_memory_padding_and_fallbacks():
     assert "3 × above the largest bucket" in text
 
 
+def test_a_pool_without_bytes_is_compared_with_nothing():
+    stats = {**STATS, "output_pool_bytes": 0}
+    text = page.as_text(replace(RESULT, ways=(EAGER, replace(OURS, stats=stats))))
+    assert "0 B, inputs included\n" in text
+
+
 def test_columns_are_aligned():
     assert page.align([["way", "median"], ["a", "10"], ["longer", "1"]]) == [
         "way     median",
@@ -140,3 +146,29 @@ def test_format_bytes(count: int | None, text: str):
 
 def test_the_devices_name_says_how_many_threads():
     assert page.device_name(torch.device("cpu")).split(", ")[-1].startswith(f"{torch.get_num_threads()} thread")
+
+
+def test_a_machine_without_a_description_has_a_name_too(monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: Any, **kwargs: Any) -> str:
+        raise FileNotFoundError("/proc/cpuinfo")
+
+    monkeypatch.setattr(page.Path, "read_text", fail)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert page.device_name(torch.device("cpu")) == "CPU, 1 thread"
+
+
+def test_a_gpu_is_named_as_torch_names_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, number {device.index}")
+    assert page.device_name(torch.device("cuda", 1)) == "a GPU, number 1"
+
+
+def test_free_memory_is_asked_for_when_everything_is_given_back(monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    free = iter([1000, 700])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: called.append("wait"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (called.append("ask"), (next(free), 2000))[1])
+    device = torch.device("cuda", 0)
+    before = ways._free_memory(device)
+    assert called == ["empty", "wait", "ask"]
+    assert ways._taken(before, device) == 300

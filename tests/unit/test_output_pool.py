@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cudagraph_backend.drivers.host import HostMemory
+from cudagraph_backend.memory import output_pool
 from cudagraph_backend.memory.output_pool import ALIGNMENT, OutputPool
 from cudagraph_backend.memory.output_range import Loan, OutputRange
 from cudagraph_backend.torch_internals import CAN_FORBID_ACCESS
@@ -298,6 +299,51 @@ def test_an_invalidated_output_raises_with_its_source_line_and_the_cure(pool: Ou
         assert not CAN_FORBID_ACCESS
         del output, view, tensor
     assert (output_on(pool, taken, 64).fill_(2) == 2).all()
+
+
+def test_to_invalidate_an_output_twice_does_no_more(pool: OutputPool):
+    """A CPU build of torch, which keeps the range taken, meets it again at the next step."""
+    taken = pool.find_room(64, [])
+    output = output_on(pool, taken, 64).fill_(1)
+    pool.invalidate(taken)
+    if taken.lent is not None:
+        pool.invalidate(taken)
+    with pytest.raises(RuntimeError, match=r"(?s)model.py:3 in f.*clone"):
+        output + 1
+
+
+def test_where_every_access_can_be_forbidden_the_range_is_free_at_once(
+    pool: OutputPool, monkeypatch: pytest.MonkeyPatch
+):
+    """As with CUDA builds of torch; forbidding itself is left to what this build can do."""
+    monkeypatch.setattr(output_pool, "CAN_FORBID_ACCESS", True)
+    taken = pool.find_room(64, [])
+    output = output_on(pool, taken, 64).fill_(1)
+    forgotten = taken.lent
+    assert forgotten is not None
+    pool.invalidate(taken)
+    assert not taken.is_live()
+    assert pool.live.all() == []
+    assert pool.holder(forgotten.storage) is None
+    later = output_on(pool, taken, 64).fill_(2)
+    assert pool.live.all() == [taken]
+    assert taken.lent is not forgotten, "the storage of the output that was lost is lent to nobody"
+    assert (later == 2).all()
+    with pytest.raises(RuntimeError, match=r"model\.py:3 in f"):
+        output + 1
+
+
+def test_a_range_that_begins_before_a_new_one_is_listed_no_more_when_it_is_dead(pool: OutputPool):
+    long, second = pool.find_room(3 * ALIGNMENT, []), pool.find_room(64, [(0, ALIGNMENT)])
+    output_on(pool, long, 8)  # and dropped
+    output = output_on(pool, second, 8)
+    assert pool.live.all() == [second]
+    assert pool.live.within((0, ALIGNMENT)) == []
+    del output
+    later = output_on(pool, long, 8)
+    assert pool.live.all() == [long]
+    del later
+    assert pool.live.all() == []
 
 
 def test_a_live_output_outlives_the_pool():

@@ -268,6 +268,19 @@ def test_a_view_of_a_static_input_is_a_view_of_it_and_takes_no_range():
     assert got.data_ptr() == outputs[0].data_ptr()
 
 
+def test_a_view_beyond_one_static_input_is_of_the_one_that_holds_it():
+    """Parameters of a model may lie side by side in one storage."""
+    flat = torch.randn(20)
+    first, second = flat[:8], flat[8:]
+    outputs = [second[2:6], flat[4:12].clone(), flat[4:12]]
+    layout = layout_of(region(outputs, static=[0, 1]), outputs, [first, second])
+    assert [type(entry) for entry in layout.entries] == [Returned, Pooled, Pooled]
+    entry = layout.entries[0]
+    assert isinstance(entry, Returned)
+    assert entry.index == 1
+    assert_same(entry.of(second), outputs[0])
+
+
 def test_a_view_of_a_static_input_as_another_dtype_keeps_that_dtype():
     weight = torch.randn(4)
     outputs = [weight.view(torch.int16)[2:]]
@@ -415,6 +428,11 @@ def test_strides_of_a_view_of_a_static_input_are_compared_and_those_of_an_argume
     argument = torch.randn(3, 8).t()
     known = region([replace(rows_of(3), argument=0)], staged=[0])
     assert stride_refusal(known, layout_of(known, [argument], [argument], rows=8), {N: 8}) is None
+
+
+def test_strides_that_inductor_does_not_state_are_not_compared():
+    known = region([replace(rows_of(3), stride=None)])
+    assert stride_refusal(known, layout_of(known, [torch.randn(3, 8).t()], rows=8), {N: 8}) is None
 
 
 def test_the_stride_of_a_dim_of_size_one_is_not_compared():

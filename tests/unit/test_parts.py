@@ -381,6 +381,20 @@ def test_a_number_in_a_tensor_of_the_graphs_own_is_made_on_the_gpu():
     assert (made.args, made.kwargs["dtype"], made.kwargs["device"]) == (((), 0.5), torch.float32, CUDA)
 
 
+def test_a_tensor_of_the_graphs_own_that_is_no_number_stays_where_it_is():
+    graph, mode = Graph(), FakeTensorMode()
+    x, table = graph.placeholder("x"), graph.get_attr("table")
+    scaled = graph.call_function(aten.mul.Tensor, (x, table))
+    with mode:
+        x.meta["val"] = scaled.meta["val"] = table.meta["val"] = torch.empty(3, device=CUDA)
+    graph.output((scaled,))
+    root = torch.nn.Module()
+    root.register_buffer("table", torch.randn(3))
+    module = GraphModule(root, graph)
+    assert move_scalars(module.graph, CUDA) == frozenset()
+    assert [node.op for node in module.graph.nodes] == ["placeholder", "get_attr", "call_function", "output"]
+
+
 def test_a_result_on_the_cpu_that_the_gpu_reads_is_copied():
     def build(graph, add, given):
         on_cpu = add(aten.add.Tensor, given["a"], given["b"])

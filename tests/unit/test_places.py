@@ -416,6 +416,25 @@ def test_outputs_of_earlier_steps_are_invalidated_if_the_user_wants_it(pool: Out
     assert (same_step == 7).all()
 
 
+def test_an_output_is_invalidated_for_another_bucket_that_is_captured_at_its_place(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, on_overwrite="error")
+    kept = call(torch.ones(4, 128), rows=4)
+    step[0] += 1
+    call(torch.ones(2, 128), rows=2)
+    assert isinstance(kept, torch.Tensor)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        kept + 1
+
+
+def test_no_output_is_invalidated_for_a_bucket_that_is_not_captured(pool: OutputPool, step: list[int]):
+    call = Caller(pool, step, on_overwrite="error", max_graphs=1)
+    kept = call(torch.ones(4, 128), rows=4)
+    step[0] += 1
+    assert isinstance(call(torch.ones(2, 128), rows=2), Refusal)
+    assert isinstance(kept, torch.Tensor)
+    assert kept.isfinite().all()
+
+
 def test_what_a_backward_may_need_is_not_invalidated(pool: OutputPool, step: list[int]):
     call = Caller(pool, step, on_overwrite="error")
     call(torch.ones(1, 128))

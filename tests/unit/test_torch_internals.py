@@ -23,12 +23,14 @@ from cudagraph_backend.torch_internals import (
     addresses_equal,
     borrowed_memory,
     current_step,
+    dynamo,
     expr,
     forbid_access,
     forget_marked_steps,
     outside_inference_mode,
     same_storage,
     stock_graph_count,
+    stock_trees,
     storage_users,
     storages,
     take_graph_override,
@@ -119,6 +121,15 @@ def test_forbidden_memory_raises_with_the_message():
     assert torch.equal(other + 1, torch.ones(4))
 
 
+def test_where_torch_can_forbid_all_accesses_it_is_left_to_do_so(monkeypatch: pytest.MonkeyPatch):
+    forbidden: list[Any] = []
+    monkeypatch.setattr(storages, "_FORBID_ACCESS", lambda *given: forbidden.append(given))
+    tensor = torch.zeros(4)
+    forbid_access(tensor.untyped_storage(), "it was overwritten")
+    assert forbidden == [(tensor.untyped_storage()._cdata, "it was overwritten")]
+    assert torch.equal(tensor + 1, torch.ones(4)), "no other class is needed"
+
+
 def test_tensors_made_outside_of_inference_mode_can_be_saved_for_backward():
     with torch.inference_mode():
         with outside_inference_mode():
@@ -144,6 +155,44 @@ def test_a_marked_step_is_a_new_step():
 
 def test_stock_has_no_graphs_without_a_gpu():
     assert stock_graph_count(torch.device("cpu")) == 0
+
+
+def test_stocks_graphs_are_those_of_its_whole_tree(monkeypatch: pytest.MonkeyPatch):
+    def node(*children: Any) -> Any:
+        return SimpleNamespace(children={number: [child] for number, child in enumerate(children)})
+
+    manager = SimpleNamespace(roots={0: [node(node(), node(node())), node()], 1: []})
+    monkeypatch.setattr(stock_trees, "get_manager", lambda index, create_if_none_exists: manager)
+    assert stock_graph_count(torch.device("cuda", 0)) == 5
+
+
+# ------------------------------------------------------------------------------------------------ precompiled code
+
+
+def test_functions_of_ours_neither_get_nor_leave_precompiled_code(monkeypatch: pytest.MonkeyPatch):
+    loaded: list[Any] = []
+    recorded: list[Any] = []
+    monkeypatch.setattr(dynamo.DynamoCache, "load", loaded.append)
+    monkeypatch.setattr(dynamo.DynamoCache, "record_package", recorded.append)
+    backend = object()
+    dynamo.keep_precompiled_code_apart(backend)
+
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    def load(self: Any, function: Callable[..., Any]) -> None:
+        dynamo.DynamoCache.load(function)
+
+    for _ in range(2):
+        load(SimpleNamespace(callback=backend), ours)
+        load(SimpleNamespace(callback=object()), theirs)
+    load(SimpleNamespace(callback=object()), ours)
+    packages = [SimpleNamespace(_innermost_fn=function) for function in (ours, theirs)]
+    for package in packages:
+        dynamo.DynamoCache.record_package(package)
+    assert loaded == [theirs, theirs]
+    assert recorded == packages[1:]
 
 
 # ------------------------------------------------------------------------------------------------ generated code
@@ -240,6 +289,11 @@ def test_two_regions_on_one_module_have_allocators_of_their_own(generated: types
 )
 def test_code_that_is_not_generated_python_takes_no_allocator(compiled: Any):
     assert with_allocator(compiled, "cpu", torch.empty_strided) is None
+
+
+@pytest.mark.parametrize("compiled", [SimpleNamespace(), SimpleNamespace(compiled_fn_runner=SimpleNamespace(call=len))])
+def test_code_that_is_not_generated_python_reads_no_size_that_it_lacks(compiled: Any):
+    assert torch_internals.unbound_sizes(compiled) == []
 
 
 def test_another_devices_code_takes_no_allocator(generated: types.ModuleType):
@@ -460,3 +514,22 @@ def test_values_are_traced_again_with_the_strides_of_the_inputs():
         transposed = torch.empty_strided((4, 6), (1, 4))
     torch_internals.retrace_strides(gm, [transposed])
     assert [node.meta["val"].stride() for node in values] == [(1, 4), (1, 4)]
+
+
+def test_a_module_of_a_part_has_the_sizes_environment_of_the_whole():
+    whole = torch.fx.symbolic_trace(lambda x: x + 1)
+    assert getattr(torch_internals.module_of(whole.graph, whole), "shape_env", None) is None
+    whole.shape_env = environment = object()  # type: ignore[assignment]
+    assert torch_internals.module_of(whole.graph, whole).shape_env is environment
+
+
+def test_a_number_is_known_only_where_a_tensor_holds_it():
+    graph = torch.fx.Graph()
+    number, lacking = graph.get_attr("number"), graph.get_attr("lacking")
+    graph.output((number, lacking))
+    assert torch_internals.number_of(number) is None, "no module is there yet"
+    root = torch.nn.Module()
+    root.register_buffer("number", torch.tensor(0.5))
+    root.register_buffer("lacking", None)
+    read = [node for node in torch.fx.GraphModule(root, graph).graph.nodes if node.op == "get_attr"]
+    assert [torch_internals.number_of(node) for node in read] == [0.5, None]

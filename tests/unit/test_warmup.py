@@ -67,6 +67,14 @@ def test_strides_are_those_of_such_a_tensor(given: torch.Tensor, lengths: dict[i
     assert torch.equal(copy, expected)
 
 
+def test_rows_of_what_has_no_strides_are_repeated_too():
+    sparse = torch.tensor([[0.0, 1], [2, 0], [3, 4]]).to_sparse()
+    copy = with_lengths(sparse, {0: 5})
+    assert copy.layout == torch.sparse_coo
+    assert torch.equal(copy.to_dense(), sparse.to_dense()[[0, 1, 2, 0, 1]])
+    assert with_lengths(sparse, {}) is not sparse
+
+
 def test_arguments_are_copies_with_the_same_marks():
     x = marked(torch.rand(3, 4, requires_grad=True), 0, min=2, max=64)
     fixed = torch.rand(5)

@@ -105,7 +105,8 @@ class Launches:
 class Part:
     """What one launch stages: any number of inputs, up to ``MAX_SOURCES`` of them copied.
 
-    ``strides`` are those of the copied arguments, which are guarded: all calls of a route have the same.
+    There is work in each of them, so that no table is empty. ``strides`` are those of the copied arguments, which are
+    guarded: all calls of a route have the same.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Part:
         for index in self._lazy:
             if args[index].is_neg() or args[index].is_conj():
                 found = None
-        if node is not None and found is not None and found.dims == node.dims and found.programs:
+        if node is not None and found is not None and found.dims == node.dims:
             self._launches.keep(found)
             node.stage(found, sources)
             return
@@ -142,7 +143,7 @@ class Part:
             node.skip()
         if found is None:
             stage(self._copies, self._in_place, args)
-        elif found.programs:
+        else:
             self._launches.launch(found, sources)
 
     def _new_table(self, sources: Sequence[int]) -> DeviceTable | None:

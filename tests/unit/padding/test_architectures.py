@@ -61,6 +61,7 @@ def test_every_kind_is_checked():
     }
 
 
+@pytest.mark.slow
 def test_a_wrong_expectation_is_told():
     vit = BY_NAME["ViT"]
     wrong = Architecture(vit.name, vit.kind, vit.build, vit.batch, refused="anything else")

@@ -293,6 +293,7 @@ SAFE_ATTENTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAFE_ATTENTION)
 def test_flex_attention_along_the_batch(name):
     found = region(SAFE_ATTENTION[name](), *inputs())

@@ -112,6 +112,7 @@ def test_a_mask_makes_padding_exact(name, fill):
     assert refutation(found, verdict, found.sizes()[found.symbols()[0]], fill) is None  # at the exact size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKED)
 def test_without_its_masks_the_region_is_wrong(name):
     """Under one fill or another: else the table above would hold programs that need no mask."""

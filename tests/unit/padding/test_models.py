@@ -46,6 +46,7 @@ def check(found: Region) -> None:
         assert refute(found, verdict) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attention", "options"),
     [
@@ -71,6 +72,7 @@ def test_transformers(name, attention, options):
     check(region(model, **inputs))
 
 
+@pytest.mark.slow
 def test_dims_of_equal_size_share_a_symbol_without_marks():
     model = MODELS["bert"]().eval()
     with torch._dynamo.config.patch(assume_static_by_default=False):

@@ -64,6 +64,7 @@ def test_same_cases_every_time():
     assert {outcome.kind for outcome in first} >= {"judged"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "operator"),
     [("amax", "aten::amax"), ("flip", "prims::rev"), ("logsumexp", "aten::sum.dim_IntList"), ("mm", "aten::mm")],

@@ -17,6 +17,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform(name):
     """By way of Dynamo: traced alone, these operators fix the sizes."""

@@ -127,6 +127,7 @@ def test_derived_sizes_are_refused(make):
     assert "multiple of the rows" in found.prove().refusal.reason
 
 
+@pytest.mark.slow
 def test_padding_of_the_users_own_that_is_cut_off_again():
     """As CUDA's attention aligns a mask: to a multiple of 16 entries, of which it reads the first."""
 
