@@ -6,7 +6,7 @@ from ..call import Call, rule
 from ..lattice import Fact, RefusePadding, Results
 
 
-@rule("aten::native_layer_norm", "aten::_fused_rms_norm", "aten::rms_norm")
+@rule("aten::native_layer_norm", "aten::_fused_rms_norm", "aten::rms_norm", sizes=("normalized_shape",))
 def over_last_dims(call: Call) -> Results:
     """Takes statistics over the last dims, which must not be the rows."""
     operand = call.only("input")
@@ -18,8 +18,9 @@ def over_last_dims(call: Call) -> Results:
 
 @rule("aten::native_group_norm", sizes=("N",))
 def over_groups(call: Call) -> Results:
-    """Takes statistics per entry of dim 0 and group of channels."""
-    if call.only("input").row_dim != 0:
+    """Takes statistics per entry of dim 0 and group of channels, unless ``N`` divides memory in another way."""
+    operand = call.only("input")
+    if operand.row_dim != 0 or operand.shape[0] != call["N"]:
         raise RefusePadding("normalises over the padded rows")
     return call.each(Fact.REPLICA)
 

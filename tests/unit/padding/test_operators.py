@@ -24,6 +24,12 @@ def norm_stats(training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     return run
 
 
+def uneven_groups(x: torch.Tensor) -> torch.Tensor:
+    """Statistics over two entries of the batch at a time, of which there may be an odd number."""
+    twice = torch.cat([x, x])
+    return aten.native_group_norm(twice, None, None, x.shape[0], 6, 7, 1, 1e-5)[0].chunk(2)[0] * 1
+
+
 #: A function of one tensor, the tensor's shape, and the dims along which padding must be judged safe.
 CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], set[int]]] = {
     "aminmax": (lambda x: aten.aminmax(x, dim=1), (6, 7), {0}),
@@ -60,6 +66,29 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "batch norm in training": (norm_stats(True), (5, 6, 7), set()),
     "layer norm": (lambda x: aten.native_layer_norm(x, [7], weights(7), None, 1e-5)[0], (5, 6, 7), {0, 1}),
     "group norm": (lambda x: aten.native_group_norm(x, None, None, x.shape[0], 6, 7, 3, 1e-5)[0], (5, 6, 7), {0}),
+    "layer norm over a size": (
+        lambda x: aten.native_layer_norm(x, [x.shape[2]], None, None, 1e-5)[0],
+        (5, 6, 7),
+        {0, 1},
+    ),
+    "batch norm with other statistics": (
+        lambda x: aten.native_batch_norm(x, None, None, x[0, :, 0], x[0, :, 0].exp(), False, 0.1, 1e-5)[0],
+        (5, 6, 7),
+        {0, 2},
+    ),
+    "batch norm, functional": (
+        lambda x: aten._native_batch_norm_legit_functional(
+            x, None, None, weights(6), weights(6).exp(), False, 0.1, 1e-5
+        )[0],
+        (5, 6, 7),
+        {0, 2},
+    ),
+    "group norm of channels": (
+        lambda x: aten.native_group_norm(x, None, None, x.shape[1], 5, 7, 5, 1e-5)[0],
+        (5, 6, 7),
+        set(),
+    ),
+    "group norm over two entries": (uneven_groups, (5, 3, 7), set()),
     "convolution": (
         lambda x: aten.convolution(x, weights(2, 4, 3), None, [1], [1], [1], False, [0], 1),
         (5, 4, 7),
@@ -132,6 +161,21 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "prelu": (lambda x: aten._prelu_kernel(x, weights(7)), (6, 7), {0}),
     "frexp": (lambda x: aten.frexp(x)[1] * 1, (6, 7), {0, 1}),
     "embedding of columns": (lambda x: aten.embedding(x, FIXED), (6, 7), {1}),
+    "transpose of one dim": (lambda x: aten.t(x) * 2, (6,), {0}),
+    "rows of none": (lambda x: weights(0, 4).view(x.shape[0], 0), (6,), set()),
+    "part at the size": (lambda x: weights(9, 7)[x.shape[0] : x.shape[0] + 2] * x[0], (6, 7), set()),
+    "split what is left of rows": (lambda x: x[1:].view(-1, 2, 2) * 1, (6, 4), {0}),
+    "merge what is left of rows": (lambda x: x[1:].reshape(-1) * 1, (6, 7), set()),
+    "cut from inside what is left": (lambda x: x.repeat_interleave(2, 0)[1:][x.shape[0] :] * 1, (6, 7), {1}),
+    "triangle of blocks": (lambda x: torch.cat([x, x]).tril(), (6, 7), {1}),
+    "fixed places among blocks": (
+        lambda x: aten.gather(torch.cat([x, x]), 0, FIXED[None].expand(2, 3)),
+        (6, 7),
+        {1},
+    ),
+    "numbers as many as rows, and one": (lambda x: torch.cat([x, x]).new_zeros(x.shape[0] + 1), (6, 7), set()),
+    "numbers in a square": (lambda x: aten.new_zeros(x, [x.shape[0], x.shape[0]]), (6, 7), set()),
+    "extreme of blocks": (lambda x: aten.max.dim(torch.cat([x, x]), 0), (6, 7), {1}),
     "as_strided": (lambda x: x.as_strided([x.shape[0], x.shape[2]], [x.shape[2], 1]) * 1, (6, 1, 7), {0, 2}),
     "as_strided from the front": (lambda x: x.as_strided([3, 7], [7, 1]) * 1, (6, 7), set()),
     "as_strided to windows": (lambda x: x.as_strided([x.shape[0] - 1, 2], [1, 1]) * 1, (6,), set()),
@@ -140,6 +184,8 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "an operator without a rule": (lambda x: aten.ormqr(x, weights(6, 7)[:, 0], x), (6, 6), set()),
     "fft": (lambda x: aten._fft_r2c(x, [1], 0, True), (6, 7), {0}),
     "inverse fft": (lambda x: aten._fft_c2r(aten._fft_c2c(x + 0j, [0], 0, False), [0, 1], 0, 8), (6, 5, 7), {2}),
+    "inverse matrix or an error": (lambda x: aten.linalg_inv_ex(x.cos(), check_errors=True)[0], (6, 4, 4), {0}),
+    "solve or an error": (lambda x: aten._linalg_solve_ex(x.cos(), x, check_errors=True)[0], (6, 4, 4), {0}),
     "inverse matrix": (lambda x: aten.linalg_inv_ex(x.cos())[0], (6, 4, 4), {0}),
     "determinant": (lambda x: aten._linalg_slogdet(x.cos()), (6, 4, 4), {0}),
     "eigenvalues": (lambda x: aten._linalg_eigh(x, compute_v=False)[0], (6, 4, 4), {0}),
@@ -160,6 +206,11 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "diagonal": (lambda x: aten.diagonal(x, 0, 0, 2) * 1, (6, 7, 4), {1}),
     "diagonal that may be cut": (lambda x: aten.diagonal(x, -1) * 1, (6, 3), set()),
     "diagonal_scatter": (lambda x: aten.diagonal_scatter(x, x[0, :, :6] * 1, 0, 0, 2), (6, 7, 6), {1}),
+    "diagonal_scatter of one for all": (
+        lambda x: aten.diagonal_scatter(x, weights(7, 6), 0, 1, 2),
+        (7, 8, 6),
+        set(),
+    ),
     "diagonal_scatter over rows": (lambda x: aten.diagonal_scatter(x, weights(6)), (6, 7), set()),
     "searchsorted": (lambda x: aten.searchsorted.Tensor(weights(5), x), (6, 7), {0, 1}),
     "searchsorted by a sorter": (
@@ -189,6 +240,11 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     ),
     "output channels": (
         lambda x: aten.convolution(weights(2, 4, 9), x, None, [1], [0], [1], False, [0], 1),
+        (5, 4, 3),
+        {0},
+    ),
+    "output channels with a bias": (
+        lambda x: aten.convolution(weights(2, 4, 9), x, x[:, 0, 0], [1], [0], [1], False, [0], 1),
         (5, 4, 3),
         {0},
     ),
