@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import cudagraph_backend as sg
 from cudagraph_backend import torch_internals
-from cudagraph_backend.demo.workload import Batch, DynamicDim, mark
+from cudagraph_backend.demo.workload import Batch, ChangingDim, mark
 
 Served = Callable[..., Tensor]
 
@@ -61,7 +61,7 @@ class Way:
 
 def marked(batch: Batch, largest: int) -> Batch:
     """Tell Dynamo that the first dim changes, and up to what size; a single row is compiled apart, and not marked."""
-    return mark(batch, (DynamicDim(0, 2, largest),))
+    return mark(batch, (ChangingDim(0, 2, largest),))
 
 
 class HandWritten:

@@ -24,7 +24,7 @@ Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class DynamicDim:
+class ChangingDim:
     """A dim of every input that changes from request to request, and the values it takes."""
 
     dim: int
@@ -55,7 +55,7 @@ class Workload:
 
 def build(name: str, requests: int, seed: int, device: torch.device) -> Workload:
     """Return the workload of model ``name``; equal arguments give equal requests and weights."""
-    builders: dict[str, Callable[[int, int], tuple[str, nn.Module, list[Batch], tuple[DynamicDim, ...]]]] = {
+    builders: dict[str, Callable[[int, int], tuple[str, nn.Module, list[Batch], tuple[ChangingDim, ...]]]] = {
         "minilm": _minilm,
         "llama": _llama,
         "mlp": _mlp,
@@ -65,7 +65,7 @@ def build(name: str, requests: int, seed: int, device: torch.device) -> Workload
     return Workload(name, unit, module.to(device), placed)
 
 
-def mark(batch: Batch, dims: Sequence[DynamicDim]) -> Batch:
+def mark(batch: Batch, dims: Sequence[ChangingDim]) -> Batch:
     """Tell Dynamo which dims change, and up to what size: the bounds let every bucket be known from the start.
 
     A single row is left unmarked: Dynamo compiles size 1 on its own, and a mark that forbids it would raise.
@@ -110,7 +110,7 @@ def group_by_length(sentences: Sequence[str], tokenizer: Any) -> dict[int, list[
     return groups
 
 
-def _minilm(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tuple[DynamicDim, ...]]:
+def _minilm(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tuple[ChangingDim, ...]]:
     module, tokenizer = models.load_minilm()
     by_length = group_by_length(read_sentences(), tokenizer)
     draw = random.Random(seed + 1)  # apart from the batch sizes, so that these are the same for every model
@@ -119,24 +119,24 @@ def _minilm(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tupl
         sentences = draw_sentences(by_length, rows, draw)
         coded = tokenizer(sentences, padding=True, pad_to_multiple_of=LENGTH_STEP, return_tensors="pt")
         batches.append((coded["input_ids"], coded["attention_mask"]))
-    lengths = DynamicDim(1, min(LENGTH_WEIGHTS), max(LENGTH_WEIGHTS))
-    return "sentences", module, batches, (DynamicDim(0, 2, MAX_ROWS), lengths)
+    lengths = ChangingDim(1, min(LENGTH_WEIGHTS), max(LENGTH_WEIGHTS))
+    return "sentences", module, batches, (ChangingDim(0, 2, MAX_ROWS), lengths)
 
 
-def _llama(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tuple[DynamicDim, ...]]:
+def _llama(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tuple[ChangingDim, ...]]:
     module = models.build_llama(seed)
     draw = torch.Generator().manual_seed(seed)
     batches: list[Batch] = [
         (torch.randint(models.LLAMA_VOCABULARY, (rows, LLAMA_LENGTH), generator=draw),)
         for rows in row_counts(requests, seed)
     ]
-    return "prompts", module, batches, (DynamicDim(0, 2, MAX_ROWS),)
+    return "prompts", module, batches, (ChangingDim(0, 2, MAX_ROWS),)
 
 
-def _mlp(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tuple[DynamicDim, ...]]:
+def _mlp(requests: int, seed: int) -> tuple[str, nn.Module, list[Batch], tuple[ChangingDim, ...]]:
     module = models.build_mlp(seed)
     draw = torch.Generator().manual_seed(seed)
     batches: list[Batch] = [
         (torch.randn(rows, models.MLP_FEATURES, generator=draw),) for rows in row_counts(requests, seed)
     ]
-    return "rows", module, batches, (DynamicDim(0, 2, MAX_ROWS),)
+    return "rows", module, batches, (ChangingDim(0, 2, MAX_ROWS),)

@@ -84,6 +84,7 @@ def test_sparse_inputs(device):
         torch.testing.assert_close(compiled(a, x), x * 2)
 
 
+@pytest.mark.slow
 def test_tensor_subclasses(device):
     from torch.testing._internal.two_tensor import TwoTensor
 

@@ -107,6 +107,7 @@ def outcome(backend, make, duplicate, is_called, device):
         return answered, other(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_called", [False, True], ids=["fresh", "called"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickled, saved, state_loaded])
 @pytest.mark.parametrize("make", [in_place, wrapped, Holder, holder_of_function, HolderOfMethod])

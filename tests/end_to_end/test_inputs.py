@@ -29,6 +29,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ARGUMENTS)
 @pytest.mark.parametrize("fill", ["replica", "zero"])
 def test_argument(kind, fill, device):

@@ -53,6 +53,7 @@ def train(compiled, function, device):
     return captures, sg.stats().fallbacks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("fwd", "bwd", "captured", "uncaptured"),

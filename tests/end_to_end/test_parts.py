@@ -119,6 +119,7 @@ def test_a_number_read_from_a_tensor(device, weight):
     assert kinds() == "[c.c]"
 
 
+@pytest.mark.slow
 def test_a_size_that_depends_on_data(device, weight):
     def function(x, w):
         y = (x @ w).relu()

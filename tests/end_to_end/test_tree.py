@@ -430,6 +430,7 @@ CONSUMERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_piece_of_a_pooled_output_as_input(view, consumer, device):

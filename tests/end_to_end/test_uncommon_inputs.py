@@ -32,6 +32,7 @@ def attention(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 JAGGED = {"pointwise": pointwise, "attention": attention}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JAGGED)
 def test_jagged_tensors(name, device):
     weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).to(device) / 4

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cudagraph_backend.demo import workload
-from cudagraph_backend.demo.workload import DynamicDim, Workload
+from cudagraph_backend.demo.workload import ChangingDim, Workload
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_distinct_shapes_counts_each_shape_once():
 
 def test_a_single_row_is_not_marked_dynamic():
     one, many = torch.empty(1, 32), torch.empty(7, 32)
-    dims = (DynamicDim(0, 2, 64), DynamicDim(1, 32, 96))
+    dims = (ChangingDim(0, 2, 64), ChangingDim(1, 32, 96))
     workload.mark((one,), dims)
     workload.mark((many,), dims)
     assert (one._dynamo_dynamic_indices, many._dynamo_dynamic_indices) == ({1}, {0, 1})

@@ -66,6 +66,7 @@ def doubled(n: int, compiled) -> None:
     torch.testing.assert_close(compiled(x), x * 2)
 
 
+@pytest.mark.slow
 def test_calls_of_a_slow_bucket_run_plain(slow_graphs):
     compiled = torch.compile(lambda x: x * 2, backend="sharedgraph")
     with torch.no_grad():

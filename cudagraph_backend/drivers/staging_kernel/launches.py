@@ -102,7 +102,7 @@ class Launches:
         return self._idle
 
 
-class Part:
+class StagingLaunch:
     """What one launch stages: any number of inputs, up to ``MAX_SOURCES`` of them copied.
 
     There is work in each of them, so that no table is empty. ``strides`` are those of the copied arguments, which are
@@ -170,7 +170,7 @@ class KernelStaging:
     def __init__(self, launches: Launches, copies: Sequence[StagedCopy], in_place: Sequence[StagedCopy]):
         self._launches = launches
         self._copies, self._in_place = copies, in_place
-        self._parts: list[Part] | None = None
+        self._parts: list[StagingLaunch] | None = None
         self._others: list[Staging] = []  # by operators
 
     def __call__(self, args: Sequence[Any], node: Node | None = None) -> None:
@@ -185,15 +185,17 @@ class KernelStaging:
         if node is not None:
             node.skip()
 
-    def _made(self, args: Sequence[Any]) -> list[Part]:
+    def _made(self, args: Sequence[Any]) -> list[StagingLaunch]:
         strides = {copy.index: copy.argument(args[copy.index]).stride() for copy in self._copies}
         work = {copy.index: _jobs(copy, args[copy.index], strides[copy.index]) for copy in self._copies}
         work |= {copy.index: jobs(copy, None) for copy in self._in_place}
         copies, in_place = [c for c in self._copies if work[c.index]], [c for c in self._in_place if work[c.index]]
-        parts: list[Part] = []
+        parts: list[StagingLaunch] = []
         for first in range(0, max(len(copies), bool(in_place)), MAX_SOURCES):
             some = copies[first : first + MAX_SOURCES]
-            parts.append(Part(self._launches, some, () if first else in_place, [strides[c.index] for c in some]))
+            parts.append(
+                StagingLaunch(self._launches, some, () if first else in_place, [strides[c.index] for c in some])
+            )
         others = [[c for c in listed if work[c.index] is None] for listed in (self._copies, self._in_place)]
         self._others = [prepare(*others)] if any(others) else []
         return parts

@@ -127,6 +127,7 @@ def test_cnn_in_training_is_refused():
     assert refusal.op == "aten.var_mean.correction"
 
 
+@pytest.mark.slow
 def test_sentence_embeddings_pooled_over_tokens():
     model = MODELS["bert"]().eval()
 

@@ -266,6 +266,7 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", ["replica", "zero"])
 @pytest.mark.parametrize("name", CASES)
 def test_rows_along_each_dim(name, fill):
