@@ -445,7 +445,7 @@ def test_a_part_that_does_not_compile(device, weight, monkeypatch, unexpected):
 
 
 @pytest.mark.parametrize("why", ["other strides", "nothing computed"])
-def test_a_part_that_the_others_do_not_fit(why, weight, monkeypatch, caplog):
+def test_a_part_that_the_others_do_not_fit(why, device, weight, monkeypatch, caplog):
     """Its results would be read where they are not, or never be made: the region runs whole, and uncaptured."""
     compile_region, compilations = torch_internals.compile_region, []
 
@@ -465,7 +465,7 @@ def test_a_part_that_the_others_do_not_fit(why, weight, monkeypatch, caplog):
         monkeypatch.setattr(
             torch_internals, "is_compiled_graph", lambda c: len(compilations) != 2 and is_compiled_graph(c)
         )
-    stats = check(STRUCTURES["middle"][0], lambda n: [torch.randn(n, 8), weight])
+    stats = check(STRUCTURES["middle"][0], lambda n: [torch.randn(n, 8, device=device), weight])
     assert f"is not captured in parts: {told}" in caplog.text
     assert (stats.regions, stats.graphs) == (1, 0)
     assert stats.fallbacks == {"the operator is tagged unsafe for CUDA graphs": len(SIZES)}
