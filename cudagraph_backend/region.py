@@ -91,7 +91,8 @@ class DynamicDim:
     """One dynamic dim of a region: symbols that are padded together, and what was decided about padding them.
 
     ``refusal`` is why the dim isn't padded (each of its sizes gets a graph of its own then). ``needs_fill`` says
-    whether the proof relies on what padded rows hold, ``masks`` how many were put into the graph for it. ``to_probe``
+    whether the proof relies on what padded rows hold, ``masks`` how many were put into the graph for it, and ``forms``
+    which operators were written in another form there. ``to_probe``
     is why there is no proof, for a dim that is padded where the probe sees nothing against it (``pad="probe"``).
     """
 
@@ -100,6 +101,7 @@ class DynamicDim:
     refusal: Refusal | None
     needs_fill: bool
     masks: int = 0
+    forms: tuple[str, ...] = ()
     to_probe: Refusal | None = None
 
     @property

@@ -178,6 +178,8 @@ def _explain_dim(dim: DynamicDim, probed: Sequence[int]) -> str:
         return f"{sizes}: probed {buckets}: {seen} (not proven: {dim.to_probe})"
     needs = "what they hold matters" if dim.needs_fill else "they may hold anything"
     needs += f", masked {dim.masks} times" if dim.masks else ""
+    if dim.forms:
+        needs += f"; by the number of real rows: {', '.join(dict.fromkeys(dim.forms))}"
     return f"{sizes}: padded rows never reach real rows ({needs})" + (f", probed {buckets}" if probed else "")
 
 

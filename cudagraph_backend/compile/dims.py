@@ -14,7 +14,6 @@ from cudagraph_backend.compile.probing import probe_refusal
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.graph.source import first_use
 from cudagraph_backend.options import Options
-from cudagraph_backend.padding import masks
 from cudagraph_backend.padding.prove import Verdict, prove
 from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
 from cudagraph_backend.torch_internals import SYMBOLIC, Shapes, expr, symbols_of
@@ -64,7 +63,8 @@ def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: 
         upper=min(upper) if upper else None,
         refusal=refusal,
         needs_fill=verdict.needs_fill,
-        masks=len(verdict.masks),
+        masks=verdict.masks,
+        forms=verdict.forms,
         to_probe=to_probe if refusal is None else None,
     )
 
@@ -88,15 +88,13 @@ def _verdict(
 def _masked(
     module: GraphModule, symbols: Symbols, inputs: Sequence[TensorInput], options: Options, counts: list[CountInput]
 ) -> Verdict:
-    """Return the verdict on ``symbols`` with masks; if it is safe they are put into the graph."""
+    """Return the verdict on ``symbols`` with masks; if it is safe the module gets the graph that has them."""
     verdict = _verdict(module.graph, symbols, inputs, options, masked=True)
-    if verdict.masks:
-        if unknown := masks.lacking(module.graph, verdict.masks):
-            return Verdict(symbols, Refusal(f"no input has the size {next(iter(unknown))}, which a mask needs"), False)
-        name = "rows_" + "_".join(sorted(map(str, verdict.symbols)))
-        masks.insert(module, verdict.masks, name)
-        index = len(module.graph.find_nodes(op="placeholder")) - 1
-        counts.append(CountInput(index, name, verdict.symbols))
+    if verdict.edited is not None:
+        module.graph = verdict.edited.graph
+        module.recompile()
+        placeholders = module.graph.find_nodes(op="placeholder")
+        counts.append(CountInput(len(placeholders) - 1, str(placeholders[-1].target), verdict.symbols))
     return verdict
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.fx import Node
 
-from cudagraph_backend.torch_internals import is_operator, operator_name, operator_schema
+from cudagraph_backend.torch_internals import expr, is_operator, operator_name, operator_schema
 
 from .lattice import FREE, Fact, Filling, Operand, RefusePadding, Results, Rows, blocks_of, common, in_blocks
 from .symbolic import HIDDEN, ROWS, RowDim, Sizes, hide, row_dims, whole
@@ -31,6 +31,36 @@ class Mask:
     rows: Rows
     filling: Filling
 
+    @property
+    def key(self) -> Hashable:
+        """The same in masks that do the same to an operand."""
+        return self.rows, self.filling
+
+
+@dataclass(frozen=True, slots=True)
+class RowNumbers:
+    """Numbers by which ``user`` picks rows of ``picked`` along ``dim``: they are to be those of real rows.
+
+    Attributes:
+        role: which of the user's arguments they are, as in :class:`Mask`.
+        wraps: whether negative numbers count from the last row.
+    """
+
+    user: Node
+    role: int
+    picked: Node
+    dim: int
+    wraps: bool
+
+    @property
+    def key(self) -> Hashable:
+        """The same in edits that do the same to numbers."""
+        return expr(self.picked.meta["val"].shape[self.dim]), self.wraps
+
+
+#: What the graph must be given at one operator's argument.
+Edit: TypeAlias = Mask | RowNumbers
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -43,7 +73,7 @@ class Call:
     Attributes:
         line: which line this is, and of how many.
         made: the result's row dim that comes from no operand's rows but from a size.
-        masks: where :meth:`fill` notes masks; None if the graph must stay as it is.
+        edits: where :meth:`fill` and :meth:`pick` note what the graph must be given; None if it must stay as it is.
         written: the new values of the arguments that the operator changes, after its results; None if it changes none.
     """
 
@@ -52,7 +82,7 @@ class Call:
     sizes: Sizes
     line: tuple[int, int] = (0, 1)
     made: int | None = None
-    masks: list[Mask] | None = None
+    edits: list[Edit] | None = None
     written: tuple[Any, ...] | None = None
 
     @property
@@ -92,9 +122,25 @@ class Call:
         rows = operand.rows
         if rows is FREE:
             return
-        if self.masks is None or operand.source is None or not _can_be_masked(rows, filling, operand.dtype):
+        if self.edits is None or operand.source is None or not _can_be_masked(rows, filling, operand.dtype):
             raise RefusePadding(otherwise)
-        self.masks.append(Mask(self.node, operand.role, operand.source, rows, filling))
+        mask = Mask(self.node, operand.role, operand.source, rows, filling)
+        if mask not in self.edits:
+            self.edits.append(mask)
+
+    def pick(self, index: Operand, operand: Operand, otherwise: str, wraps: bool = True) -> None:
+        """Make sure that ``index`` numbers real rows of ``operand``, negative ones from the last one if it ``wraps``.
+
+        What padded rows of ``index`` hold is another question (:meth:`fill`). Numbers outside stay outside.
+
+        Raises:
+            RefusePadding: ``otherwise``, where the graph must stay as it is, or real rows are not together.
+        """
+        rows = operand.rows
+        is_known = index.source is not None and rows is not FREE and rows.together
+        if self.edits is None or operand.source is None or rows is FREE or not is_known:
+            raise RefusePadding(otherwise, frozenset().union(*(size.free_symbols for size in index.shape)))
+        self.edits.append(RowNumbers(self.node, index.role, operand.source, rows.dim, wraps))
 
     def aligned(self, operands: Sequence[Operand]) -> list[Operand]:
         """Divide rows alike in operands whose entries meet: real ones with real ones, padded with padded ones."""
@@ -155,10 +201,15 @@ class Call:
 
 
 def _can_be_masked(rows: Rows, filling: Filling, dtype: torch.dtype) -> bool:
-    if filling in ("lowest", "highest") and (dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2)):
+    if (
+        isinstance(filling, str)
+        and filling != "last"
+        and (dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2))
+    ):
         return False  # complex numbers have no order, and some floats of one byte no infinity
     if filling == "last":
-        return rows.per == 1 and rows.together and bool((rows.per + rows.extra).is_positive)  # there is a last row
+        is_whole = rows.extra == 0 or (rows.per == 1 and (rows.per + rows.extra).is_positive)  # there is a last row
+        return rows.together and bool(is_whole) and not rows.per.has(HIDDEN)
     blocks = sympy.S.One if rows.blocks is None else rows.blocks
     return all(size.is_polynomial() and not size.has(HIDDEN) for size in (rows.per, blocks, rows.extra))
 

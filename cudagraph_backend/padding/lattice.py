@@ -85,8 +85,9 @@ Value: TypeAlias = "Rows | None"
 #: Along all dims of a value, in their order; empty if it is free of rows.
 Axes: TypeAlias = "tuple[Rows, ...]"
 
-#: What a mask puts in place of padded rows: a number, the least or greatest of the dtype, or the last real row.
-Filling: TypeAlias = "int | Literal['lowest', 'highest', 'last']"
+#: What a mask puts in place of padded rows: a number, the lowest or highest of the dtype, what a sort puts last (NaN,
+#: where the dtype has it), or the last real row.
+Filling: TypeAlias = "int | Literal['lowest', 'highest', 'greatest', 'last']"
 
 #: What a rule returns: a value, or for an operator with several results one each. A ``RefusePadding`` in their place
 #: stands for a result that is mixed: the refusal comes about only if that result is used.

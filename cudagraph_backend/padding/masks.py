@@ -1,138 +1,91 @@
-"""Masks: operators put into a graph so that padded rows hold what a rule needs of them.
+"""Operators put in front of an operator's argument, so that padded rows hold what its rule needs, and are never picked.
 
 A sum over rows is exact if the padded ones are zero, a maximum if they are minus infinity, a look-up if they are valid
-indices. Where nothing shows that they are, the operand is replaced by ``where(row < n, operand, filling)``. ``n``, the
-number of real rows, is an input of the graph (a tensor, as a captured graph can't take a number). Inductor fuses the
-mask with what makes or reads the operand. At the exact size a mask changes nothing.
+indices. Where nothing shows that they are, the operand is replaced by ``where(row < n, operand, filling)``. Where rows
+are picked by number, the numbers are those of real rows: negative ones count from the last real row, and what is
+outside stays outside, so that it raises as at the exact size. ``n``, the number of real rows, is an input of the graph.
+Inductor fuses this with what makes or reads the operand. At the exact size it changes nothing.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import Node, Proxy, map_arg
 
-from cudagraph_backend.torch_internals import expr, fake_mode_of
+from cudagraph_backend.torch_internals import expr
 
-from .call import Mask
+from .call import Edit, Mask, RowNumbers
+from .editor import Editor, value
 from .lattice import Filling, Rows, in_order
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 
-def insert(module: GraphModule, masks: Sequence[Mask], name: str) -> None:
-    """Give the module's graph a last input ``name``, the number of real rows (int64, no dims), and the masks."""
-    masking = _Masking(module.graph, masks[0].source.meta["val"].device, name)
-    for mask in masks:
-        masking.mask(mask)
-    module.recompile()
+def insert(editor: Editor, edits: Sequence[Edit]) -> None:
+    """Let each edit's user read the edited operand in its role; users of the same edited operand share it."""
+    made: dict[Hashable, Proxy] = {}
+    for edit in edits:
+        operand = _in_role(edit.user, edit.role)
+        key = (operand, edit.key)
+        if key not in made:
+            with editor.before(edit.user):
+                make: Callable[..., Proxy] = _masked if isinstance(edit, Mask) else _numbers_of_real_rows
+                made[key] = make(editor, Proxy(operand, editor), edit)
+        _put_in_role(edit.user, edit.role, made[key].node)
 
 
-def lacking(graph: Graph, masks: Sequence[Mask]) -> frozenset[sympy.Symbol]:
-    """Return the symbols that the masks need and no input of the graph has as a size."""
-    symbols: frozenset[sympy.Symbol] = frozenset()
-    for mask in masks:
-        symbols = symbols.union(expr(mask.source.meta["val"].shape[mask.rows.dim]).free_symbols)
-    return symbols - _symbols(graph).keys()
+def _masked(editor: Editor, operand: Proxy, mask: Mask) -> Proxy:
+    val, rows, filling = value(operand), in_order(mask.rows), mask.filling
+    size = expr(val.shape[rows.dim])
+    if filling == "last":
+        index = editor.once(("index", size, rows.per, rows.extra), lambda: _kept_real(editor, size, rows))
+        return editor(aten.index.Tensor, operand, [*[None] * rows.dim, index])
+    behind = val.ndim - 1 - rows.dim
+    key = ("is real", size, rows.per, rows.blocks, rows.extra, behind)
+    is_real = editor.once(key, lambda: _is_real(editor, size, rows, behind))
+    number = _number(filling, val.dtype)
+    other = editor.once(("filling", filling, val.dtype), lambda: editor.constant(number, val.dtype))
+    return aten.where.self(is_real, operand, other)
 
 
-class _Masking:
-    """Puts masks into one graph, each right after the operand it masks."""
+def _numbers_of_real_rows(editor: Editor, index: Proxy, edit: RowNumbers) -> Proxy:
+    dtype = value(index).dtype
+    size = editor.counted(expr(edit.picked.meta["val"].shape[edit.dim]))
+    if edit.wraps:
+        index = aten.where.self(aten.lt.Scalar(index, 0), aten.add.Tensor(index, size), index)
+    outside = torch.iinfo(dtype).max
+    other = editor.once(("filling", outside, dtype), lambda: editor.constant(outside, dtype))
+    inside = aten.bitwise_and.Tensor(aten.ge.Scalar(index, 0), aten.lt.Tensor(index, size))
+    return aten.where.self(inside, index, other)
 
-    def __init__(self, graph: Graph, device: torch.device, name: str):
-        self._graph = graph
-        self._device = device
-        self._symbols = _symbols(graph)
-        self._fake = fake_mode_of(graph)
-        self._made: dict[tuple[Node, Rows, Filling], Node] = {}
-        self._shared: dict[Hashable, Node] = {}
-        last = graph.find_nodes(op="placeholder")[-1]
-        self._first = last.next
-        with graph.inserting_after(last):
-            self._count = graph.placeholder(name)
-        with self._fake:
-            self._count.meta["val"] = torch.empty((), dtype=torch.int64, device=device)
 
-    def mask(self, mask: Mask) -> None:
-        """Let ``mask.user`` read the masked operand in that role; no other node does."""
-        operand = _in_role(mask.user, mask.role)
-        key = (operand, mask.rows, mask.filling)
-        if key not in self._made:
-            before = self._first if operand.op == "placeholder" else operand.next
-            with self._graph.inserting_before(before):
-                self._made[key] = self._masked(operand, in_order(mask.rows), mask.filling)
-                self._made[key].meta["stack_trace"] = mask.user.meta.get("stack_trace")
-        _put_in_role(mask.user, mask.role, self._made[key])
+def _is_real(editor: Editor, size: sympy.Expr, rows: Rows, behind: int) -> Proxy:
+    """Return which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
+    entry = editor.entries(editor.plain(size))
+    if rows.blocks != 1:
+        entry = aten.remainder.Scalar(entry, editor.plain((size / rows.blocks).cancel().expand()))
+    return aten.view.default(aten.lt.Tensor(entry, _end(editor, rows)), [-1] + [1] * behind)
 
-    def _masked(self, operand: Node, rows: Rows, filling: Filling) -> Node:
-        val = operand.meta["val"]
-        size = expr(val.shape[rows.dim])
-        if filling == "last":
-            index = self._once(("index", size, rows.extra), lambda: self._kept_real(size, rows))
-            return self._add(aten.index.Tensor, operand, [*[None] * rows.dim, index])
-        behind = val.ndim - 1 - rows.dim
-        key = ("is real", size, rows.per, rows.blocks, rows.extra, behind)
-        is_real = self._once(key, lambda: self._is_real(size, rows, behind))
-        number = _number(filling, val.dtype)
-        other = self._once(("filling", filling, val.dtype), lambda: self._scalar(number, val.dtype))
-        return self._add(aten.where.self, is_real, operand, other)
 
-    def _once(self, key: Hashable, make: Callable[[], Node]) -> Node:
-        """Return a node at the front of the graph that several masks read."""
-        if key not in self._shared:
-            with self._graph.inserting_before(self._first):
-                self._shared[key] = make()
-        return self._shared[key]
+def _kept_real(editor: Editor, size: sympy.Expr, rows: Rows) -> Proxy:
+    """Compute for each entry of a dim its own number, and for padded ones that of its like in the last real row."""
+    entry, end = editor.entries(editor.plain(size)), _end(editor, rows)
+    if rows.per == 1:
+        return aten.minimum.default(entry, aten.sub.Tensor(end, 1))
+    per, behind = editor.plain(rows.per), aten.sub.Tensor(entry, end)
+    last = aten.sub.Tensor(aten.add.Tensor(aten.remainder.Scalar(behind, per), end), per)
+    return aten.where.self(aten.lt.Scalar(behind, 0), entry, last)
 
-    def _is_real(self, size: sympy.Expr, rows: Rows, behind: int) -> Node:
-        """Return which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
-        entry = self._entries(size)
-        if rows.blocks != 1:
-            entry = self._add(aten.remainder.Scalar, entry, self._number((size / rows.blocks).cancel().expand()))
-        is_real = self._add(aten.lt.Tensor, entry, self._end(rows))
-        return self._add(aten.view.default, is_real, [-1] + [1] * behind)
 
-    def _kept_real(self, size: sympy.Expr, rows: Rows) -> Node:
-        """Compute for each entry of a dim its own number, and for padded ones that of the last real entry."""
-        last = self._add(aten.sub.Tensor, self._end(rows), 1)
-        return self._add(aten.minimum.default, self._entries(size), last)
-
-    def _entries(self, size: sympy.Expr) -> Node:
-        options = {"start": 0, "step": 1, "dtype": torch.int64, "device": self._device, "requires_grad": False}
-        return self._add(prims.iota.default, self._number(size), **options)
-
-    def _scalar(self, number: bool | int | float, dtype: torch.dtype) -> Node:
-        return self._add(aten.full.default, [], number, dtype=dtype, device=self._device, pin_memory=False)
-
-    def _end(self, rows: Rows) -> Node:
-        """Return the number of real entries of a block."""
-        end = self._count if rows.per == 1 else self._add(aten.mul.Tensor, self._count, self._number(rows.per))
-        return end if rows.extra == 0 else self._add(aten.add.Tensor, end, self._number(rows.extra))
-
-    def _number(self, size: sympy.Expr) -> Any:
-        """Return a size, as a number or a node that computes it from the graph's sizes."""
-        if size.is_Integer:
-            return int(size)
-        if size.is_Symbol:
-            found = self._symbols[size]
-            return found[0] if found[1] is None else self._add(aten.sym_size.int, *found)
-        combine = operator.add if size.is_Add else operator.mul
-        first, *rest = (size.args[0],) * int(size.args[1]) if size.is_Pow else size.args
-        number = self._number(first)
-        for part in rest:
-            number = self._add(combine, number, self._number(part))
-        return number
-
-    def _add(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = self._graph.call_function(target, args, kwargs)
-        with self._fake:
-            node.meta["val"] = target(*_values(args), **kwargs)
-        return node
+def _end(editor: Editor, rows: Rows) -> Proxy:
+    """Return the number of real entries of a block."""
+    end = editor.count if rows.per == 1 else aten.mul.Tensor(editor.count, editor.plain(rows.per))
+    return end if rows.extra == 0 else aten.add.Tensor(end, editor.plain(rows.extra))
 
 
 def _in_role(user: Node, role: int) -> Node:
@@ -146,30 +99,12 @@ def _put_in_role(user: Node, role: int, operand: Node) -> None:
     user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda node: operand if next(roles) == role else node)
 
 
-def _values(args: Any) -> Any:
-    if isinstance(args, (list, tuple)):
-        return type(args)(map(_values, args))
-    return args.meta["val"] if isinstance(args, Node) else args
-
-
-def _number(filling: Filling, dtype: torch.dtype) -> bool | int | float:
+def _number(filling: Filling, dtype: torch.dtype) -> Any:
     if dtype == torch.bool:
-        return filling in (1, "highest")
-    if filling not in ("lowest", "highest"):
-        return filling  # type: ignore[return-value]
+        return filling in (1, "highest", "greatest")
+    if filling not in ("lowest", "highest", "greatest"):
+        return filling
     if dtype.is_floating_point:
-        return float("-inf" if filling == "lowest" else "inf")
+        return {"lowest": float("-inf"), "highest": float("inf"), "greatest": float("nan")}[filling]  # type: ignore[index]
     limits = torch.iinfo(dtype)
     return limits.min if filling == "lowest" else limits.max
-
-
-def _symbols(graph: Graph) -> dict[sympy.Symbol, tuple[Node, int | None]]:
-    """Return where a graph's sizes are found: in a number, or in a dim of a tensor, among its inputs."""
-    found: dict[sympy.Symbol, tuple[Node, int | None]] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt):
-            found[expr(val)] = (node, None)
-        for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
-            found.setdefault(expr(size), (node, dim))
-    return {size: place for size, place in found.items() if size.is_Symbol}

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill
 
-from .call import Mask
+from .editor import Editor, copied
+from .edits import Edits
 from .lattice import Axes, Fact, RefusePadding
 from .symbolic import HIDDEN, ROWS, Sizes
 from .walk import Walk
@@ -29,7 +30,10 @@ class Verdict:
         needs_fill: the padded rows of the inputs must hold the fill; otherwise they may hold anything.
         link: with a refusal, symbols that may belong to the same dim: padded together with them, and with equal sizes
             in the call, the region may be proven.
-        masks: what the graph must be given (``masks.insert``) for the verdict to hold.
+        edited: the graph for which the verdict holds, if that is not the one that was judged: a copy whose last input
+            is the number of real rows.
+        masks: how many operands are masked there.
+        forms: operators that were written in another form there, by name.
         outputs: for each output its rows.
     """
 
@@ -37,7 +41,9 @@ class Verdict:
     refusal: Refusal | None
     needs_fill: bool
     link: frozenset[sympy.Symbol] = frozenset()
-    masks: tuple[Mask, ...] = ()
+    edited: GraphModule | None = None
+    masks: int = 0
+    forms: tuple[str, ...] = ()
     outputs: tuple[Axes, ...] = ()
 
 
@@ -47,22 +53,30 @@ def prove(
     """Try to prove that running ``graph`` with the dim of ``symbols`` padded leaves every real row as it is.
 
     First with padded rows that hold anything, then with padded rows that hold ``fill`` (the same in all inputs, or by
-    the input's name in the graph; in others anything), then, if ``masked``, with masks in the graph where that is not
-    enough.
+    the input's name in the graph; in others anything), then, if ``masked``, in a copy of the graph with masks, and with
+    other forms of operators, where that is not enough.
     """
     sizes, filled = Sizes(symbols), _holds(graph, fill)
-    attempts: list[tuple[Mapping[str, Fact], list[Mask] | None]] = [({}, None), (filled, None)]
-    if masked:
-        attempts.append((filled, []))
-    for holds, masks in attempts:
-        walk = Walk(sizes, holds, masks)
+    for holds in ({}, filled):
+        walk = Walk(sizes, holds)
         try:
-            outputs = walk.run(graph)
+            return Verdict(symbols, None, bool(holds), outputs=walk.run(graph))
         except RefusePadding as refused:
-            refusal, link = walk.blame(refused), frozenset(refused.link) - symbols - {ROWS, HIDDEN}
+            refusal = refused
+    if masked:
+        module = copied(graph)
+        edits = Edits(Editor(module.graph, symbols))
+        walk = Walk(sizes, filled, edits)
+        try:
+            outputs = walk.run(module.graph)
+            edits.finish()
+        except RefusePadding as refused:
+            refusal = refused
         else:
-            return Verdict(symbols, None, bool(holds), masks=tuple(masks or ()), outputs=outputs)
-    return Verdict(symbols, refusal, False, link)
+            module.recompile()
+            counts, forms = len(edits.operands), tuple(edits.forms)
+            return Verdict(symbols, None, True, edited=module, masks=counts, forms=forms, outputs=outputs)
+    return Verdict(symbols, walk.blame(refusal), False, frozenset(refusal.link) - symbols - {ROWS, HIDDEN})
 
 
 def _holds(graph: Graph, fill: Fill | Mapping[str, Fill]) -> dict[str, Fact]:

@@ -27,7 +27,8 @@ from cudagraph_backend.torch_internals import (
 )
 
 from . import rules
-from .call import RULES, Call, Mask, RegisteredRule, depends_on_size, leaves, rule_name
+from .call import RULES, Call, RegisteredRule, depends_on_size, leaves, rule_name
+from .edits import Edits
 from .lattice import Axes, Fact, Operand, RefusePadding, Results, Rows
 from .lines import along, lines_of, together
 from .symbolic import Sizes, row_dims, shape_text
@@ -44,7 +45,7 @@ class Walk:
 
     sizes: Sizes
     holds: Mapping[str, Fact]
-    masks: list[Mask] | None = None
+    edits: Edits | None = None
     values: dict[Node, Found] = field(default_factory=dict)
     given: Mapping[Node, Found] = field(default_factory=dict)
     wrote: bool = False
@@ -60,7 +61,7 @@ class Walk:
             self.node = node
             if node.op == "output":
                 return list(leaves(node.args[0]))
-            self.values[node] = self.given[node] if node in self.given else self._value(node)
+            self.values[node] = self.given[node] if node in self.given else self._value_or_form(node)
         raise ValueError("a graph without output")
 
     def blame(self, refused: RefusePadding) -> Refusal:
@@ -83,6 +84,29 @@ class Walk:
         return axes
 
     # ---- nodes
+
+    def _value_or_form(self, node: Node) -> Found:
+        """Return what is known of a node; where it is refused and the graph may change, of another form of it."""
+        before = self.edits.state() if self.edits is not None else None
+        try:
+            return self._value(node)
+        except RefusePadding as refused:
+            if self.edits is None or node.op != "call_function":
+                raise
+            blamed = self.node
+            self.edits.take_back(before)
+            try:
+                return self._formed(node, self.edits)
+            except RefusePadding:
+                self.node = blamed
+                raise refused from None
+
+    def _formed(self, node: Node, edits: Edits) -> Found:
+        made, results = edits.write_form(node)
+        for one in made:
+            self.values[one] = self._value_or_form(one)
+        found = [self.values[result] for result in edits.put_in_place(node, results)]
+        return found[0] if isinstance(node.meta["val"], torch.Tensor) else list(found)  # type: ignore[arg-type]
 
     def _value(self, node: Node) -> Found:
         if node.op == "placeholder":
@@ -234,8 +258,9 @@ class Walk:
         written: tuple[Any, ...] | None = None,
     ) -> Found:
         """Return what the rule says of each line of rows, put together."""
-        before = len(self.masks or ())
-        call = Call(node, arguments, self.sizes, masks=self.masks, written=written)
+        edits = self.edits.operands if self.edits is not None else None
+        before = len(edits or ())
+        call = Call(node, arguments, self.sizes, edits=edits, written=written)
         lines = lines_of(rule, call)
         results = [
             rule.apply(replace(call, arguments=along(arguments, line), line=(i, len(lines))))
@@ -248,7 +273,7 @@ class Walk:
                 made = [None]
             hidden = along(arguments, {})
             results += [rule.apply(replace(call, arguments=hidden, made=dim)) for dim in made]
-        if len(self.masks or ()) > before:  # what was known of padded rows is no longer so
+        if len(edits or ()) > before:  # what was known of padded rows is no longer so
             results = [_forget(result) for result in results]
         return together(results)
 

@@ -93,6 +93,7 @@ from cudagraph_backend.torch_internals.shapes import (
     is_backed,
     is_jagged_size,
     symbols_of,
+    tensor_of_sizes,
 )
 from cudagraph_backend.torch_internals.stock_trees import current_step, forget_marked_steps, stock_graph_count
 from cudagraph_backend.torch_internals.storages import (
@@ -196,6 +197,7 @@ __all__ = [
     "submodule_of",
     "symbols_of",
     "take_graph_override",
+    "tensor_of_sizes",
     "tensors_in",
     "trace_missing_values",
     "unbound_sizes",

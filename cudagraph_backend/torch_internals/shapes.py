@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import TensorReferenceAnalysis
 
 from cudagraph_backend.torch_internals.fx import fake_mode_of
 
@@ -95,6 +97,42 @@ def is_jagged_size(value: Any) -> bool:
 def expr(value: Any) -> Any:
     """Return a size, or a number computed from sizes, as a sympy expression over the region's symbols."""
     return value.node.expr if isinstance(value, SYMBOLIC) else sympy.sympify(value)
+
+
+class _OnTensors(TensorReferenceAnalysis):
+    """Operators of size expressions, on tensors of no dims; with those that torch leaves out."""
+
+    def __init__(self, constant: Callable[[bool | int | float], Any]) -> None:
+        self._constant = constant
+
+    def constant(self, c: Any, dtype: torch.dtype) -> Any:  # type: ignore[override]
+        return self._constant(bool(c) if dtype == torch.bool else int(c) if dtype == torch.int64 else float(c))
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        convert = torch.ops.prims.convert_element_type.default
+        return torch.ops.aten.div.Tensor(convert(a, torch.float64), convert(b, torch.float64))
+
+    @staticmethod
+    def truediv(a: Any, b: Any) -> Any:
+        return torch.ops.aten.div.Tensor(a, b)
+
+    @staticmethod
+    def mod(a: Any, b: Any) -> Any:
+        return torch.ops.aten.remainder.Tensor(a, b)
+
+    python_mod = mod
+
+
+def tensor_of_sizes(
+    expression: sympy.Expr, sizes: Mapping[sympy.Symbol, Any], constant: Callable[[bool | int | float], Any]
+) -> Any:
+    """Compute ``expression`` from tensors of no dims: int64, or float64 where it is a fraction.
+
+    Raises:
+        NotImplementedError: torch has no operator on tensors for it.
+    """
+    return sympy_interp(_OnTensors(constant), dict(sizes), expression)
 
 
 def symbols_of(value: Any) -> frozenset[sympy.Symbol]:

@@ -353,7 +353,7 @@ def _mixtures() -> Iterator[Architecture]:
     }
     for family in ("GptOss", "Mixtral", "Olmoe", "Phimoe", "Qwen2Moe", "Qwen3Moe"):
         model = partial(_hugging_face, f"{family}ForCausalLM", **settings)
-        yield Architecture(family, "mixture of experts", model, _prompt, "sorts over the padded rows")
+        yield Architecture(family, "mixture of experts", model, _prompt)
         if family in ("Mixtral", "Qwen3Moe"):
             gathering = partial(_with_experts, model, "batched_mm")
             name = f"{family} (experts: batched_mm)"

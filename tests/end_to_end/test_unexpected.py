@@ -7,6 +7,7 @@ import torch
 
 import cudagraph_backend as sg
 from cudagraph_backend.compile import analysis, dims, region_compile
+from cudagraph_backend.padding import masks
 
 SIZES = (5, 7, 30, 5)
 
@@ -18,7 +19,7 @@ def centred(x, w):
 @pytest.mark.parametrize("where", ["before Inductor", "in a changed graph", "after Inductor"])
 @pytest.mark.parametrize("is_training", [False, True])
 def test_the_region_runs_as_inductor_compiles_it(where, is_training, device, monkeypatch, caplog, unexpected):
-    insert = dims.masks.insert
+    insert = masks.insert
 
     def fail(*args, **kwargs):
         raise KeyError("s21")
@@ -30,7 +31,7 @@ def test_the_region_runs_as_inductor_compiles_it(where, is_training, device, mon
     if where == "before Inductor":
         monkeypatch.setattr(dims, "prove", fail)
     elif where == "in a changed graph":
-        monkeypatch.setattr(dims.masks, "insert", insert_and_fail)
+        monkeypatch.setattr(masks, "insert", insert_and_fail)
     else:
         monkeypatch.setattr(analysis, "with_strides", fail)
     compiled = torch.compile(centred, backend="sharedgraph", dynamic=True)

@@ -7,7 +7,7 @@ every real row must be the same. ``refutation`` does just that; it knows nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import sympy
@@ -17,11 +17,10 @@ from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cudagraph_backend.padding import masks
 from cudagraph_backend.padding.prove import Verdict, prove
 
 Fill = Literal["replica", "zero", "poison", "extreme"]
@@ -86,16 +85,10 @@ class Region:
 
     def with_masks(self, verdict: Verdict) -> Region:
         """The region with the masks that a verdict asks for, and the number of real rows as its last argument."""
-        if not verdict.masks:
+        if verdict.edited is None:
             return self
-        graph = Graph()
-        copies: dict[Node, Node] = {}
-        graph.output(graph.graph_copy(self.module.graph, copies))
-        module = GraphModule(self.module, graph)
-        moved = [replace(mask, user=copies[mask.user], source=copies[mask.source]) for mask in verdict.masks]
-        masks.insert(module, moved, "rows_" + "_".join(map(str, verdict.symbols)))
         count = max(self.sizes()[symbol] for symbol in verdict.symbols)
-        return Region(module, (*self.args, torch.tensor(count)))
+        return Region(verdict.edited, (*self.args, torch.tensor(count)))
 
 
 def dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:

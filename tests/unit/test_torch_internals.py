@@ -14,6 +14,17 @@ import pytest
 import sympy
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._sympy.functions import (
+    FloatTrueDiv,
+    FloorDiv,
+    IntTrueDiv,
+    Max,
+    Min,
+    Mod,
+    OpaqueUnaryFn_sqrt,
+    PythonMod,
+    ToFloat,
+)
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.region import evaluate
@@ -533,3 +544,29 @@ def test_a_number_is_known_only_where_a_tensor_holds_it():
     root.register_buffer("lacking", None)
     read = [node for node in torch.fx.GraphModule(root, graph).graph.nodes if node.op == "get_attr"]
     assert [torch_internals.number_of(node) for node in read] == [0.5, None]
+
+
+KINDS = {int: torch.int64, float: torch.float64}
+
+
+def test_sizes_are_computed_on_tensors():
+    s, t = sympy.symbols("s t", integer=True, positive=True)
+    cases = {
+        2 * s * t + 3: 73,
+        s**2 - t: 18,
+        FloorDiv(s, 2): 2,
+        Mod(s, 3): 2,
+        PythonMod(t, 4): 3,
+        Max(s, t): 7,
+        Min(s, t, 6): 5,
+        IntTrueDiv(s, t): 5 / 7,
+        FloatTrueDiv(1.0, ToFloat(s)): 1 / 5,
+        OpaqueUnaryFn_sqrt(ToFloat(s)): 5**0.5,
+    }
+    for expression, expected in cases.items():
+        sizes = {s: torch.tensor(5), t: torch.tensor(7)}
+        found = torch_internals.tensor_of_sizes(
+            expression, sizes, lambda number: torch.tensor(number, dtype=KINDS[type(number)])
+        )
+        assert found.dtype == KINDS[type(expected)], expression
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=1e-15, atol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..call import Call, rule
+from ..call import Call, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows
 
 _LETTERS = {
@@ -59,4 +59,22 @@ def _contract(call: Call, added: Operand | None) -> Results:
     for operand in call.aligned(summed):  # all, as zero times infinity is not zero
         if not operand.holds(Fact.ZERO):
             call.fill(operand, 0, "sums products over the padded rows")
+    return FREE
+
+
+@rule("aten::_grouped_mm", "transformers::grouped_mm_fallback", line=one_line)
+def grouped_product(call: Call) -> Results:
+    """Multiplies each group of rows with a matrix of its own, or sums over each group; ``offs`` says where groups end.
+
+    Rows behind the last group are in none.
+    """
+    left, right, ends = [*call.arguments.values()][:3]
+    if ends is None or ends.rows is not FREE or call["bias"] is not None:
+        raise RefusePadding("the groups depend on the padded rows")
+    if left.row_dim == 0 and len(left.shape) == 2 and len(right.shape) == 3 and right.rows is FREE:
+        return call.keep(Fact.NOTHING, left)
+    if left.row_dim != 1 or right.row_dim != 0 or len(left.shape) != 2 or len(right.shape) != 2:
+        raise RefusePadding("rows along different dims meet")
+    for operand in call.aligned([left, right]):
+        call.fill(operand, 0, "sums products over the padded rows")
     return FREE

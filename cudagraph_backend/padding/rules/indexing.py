@@ -10,6 +10,9 @@ import torch
 from ..call import Call, by_place, leaves, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order, meet
 
+#: Operators whose indices count from the front only.
+_NEVER_NEGATIVE = ("aten::index_add", "aten::index_copy", "aten::index_select", "aten::embedding")
+
 
 def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
     """Puts the rows of a tensor and of the indices into it on one line, whatever their dims are."""
@@ -20,21 +23,19 @@ def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
 @rule("aten::embedding")
 def embedding(call: Call) -> Results:
     """Looks up each row's indices in a table free of rows."""
-    table, index = call["weight"], call["indices"]
-    own = _reads(call, table, {0: index})
-    return call.keep(Fact.REPLICA, *own)
+    return _read(call, call["weight"], {0: call["indices"]}, Fact.REPLICA)
 
 
 @rule("aten::index.Tensor", "aten::_unsafe_index.Tensor", line=_by_number)
 def index(call: Call) -> Results:
     """Reads for each row from a tensor free of rows, or from the row itself, or does not index the rows at all."""
-    return _read(call, _by_dim(call["indices"]))
+    return _read(call, call["self"], _by_dim(call["indices"]), _facts(call))
 
 
 @rule("aten::index_select", line=_by_number)
 def index_select(call: Call) -> Results:
     """Reads as :func:`index`, along one dim."""
-    return _read(call, {call["self"].dim(call["dim"]): call["index"]})
+    return _read(call, call["self"], {call["self"].dim(call["dim"]): call["index"]}, _facts(call))
 
 
 @rule("aten::gather")
@@ -42,6 +43,13 @@ def gather(call: Call) -> Results:
     """Reads for each row, along another dim, from the row itself; along the indexed dim, from a tensor free of rows."""
     operand, index = call["self"], call["index"]
     dim = operand.dim(call["dim"])
+    if operand.row_dim == dim:
+        _places(call, operand, index, {dim})
+        call.pick(index, operand, "picks rows by numbers", wraps=False)
+        if index.rows is FREE:
+            return FREE
+        _inside(call, index)
+        return call.keep(Fact.NOTHING, index)
     if index.rows is FREE:
         _fixed_entries(operand)
         return FREE
@@ -56,8 +64,6 @@ def gather(call: Call) -> Results:
             raise RefusePadding("takes rows out of another dynamic dim", operand.shape[e].free_symbols)
         return call.keep(Fact.NOTHING)
     _same_rows(operand, index)
-    if operand.row_dim == dim:
-        raise RefusePadding("picks rows by numbers")
     return call.keep(Fact.REPLICA)
 
 
@@ -70,17 +76,28 @@ def gather(call: Call) -> Results:
     "aten::scatter_reduce.two",
 )
 def scatter(call: Call) -> Results:
-    """Writes each row, along another dim, into the row itself. Indices free of rows are of real rows."""
+    """Writes each row, along another dim, into the row itself; or to where numbers say, as :func:`index_put`."""
     operand, index, source = call["self"], call["index"], call["src"]
     dim = operand.dim(call["dim"])
+    if operand.row_dim == dim or (operand.rows is FREE and index.rows and index.rows.dim == dim):
+        _places(call, operand, index, {dim})
+        if operand.row_dim == dim:
+            call.pick(index, operand, "writes to rows by numbers", wraps=False)
+        if index.rows is FREE:
+            if source is not None:
+                _fixed_entries(source)
+            return FREE if operand.rows is FREE else in_order(call.keep(Fact.ZERO, operand))
+        if source is not None and source.rows is FREE:
+            raise RefusePadding("rows meet a dim of another size", source.shape[dim].free_symbols)
+        reduces = call["reduce"] or ("sum" if call.operator == "aten::scatter_add" else None)
+        _padded_write_nothing(call, [index], source, reduces)
+        return FREE if operand.rows is FREE else in_order(call.keep(Fact.NOTHING, operand))
     if index.rows is FREE:
         for other in filter(None, (operand, source)):
             _fixed_entries(other)
         return FREE if operand.rows is FREE else in_order(call.keep(Fact.ZERO, operand))
     for other in filter(None, (index, source)):
         _same_rows(operand, other)
-    if operand.row_dim == dim:
-        raise RefusePadding("writes to rows by numbers")
     _stays_inside(call, index, operand.shape[dim])
     return call.keep(Fact.REPLICA)
 
@@ -156,6 +173,17 @@ def index_reduce(call: Call) -> Results:
     return call.keep(Fact.REPLICA)
 
 
+@rule("aten::_unsafe_masked_index_put_accumulate", line=one_line)
+def masked_index_add(call: Call) -> Results:
+    """Adds to a tensor free of rows where a mask of the values' shape allows; indices need not be valid elsewhere."""
+    mask, values = call["mask"], call["values"]
+    if call["self"].rows is not FREE:
+        raise RefusePadding("writes to rows by numbers")
+    meet(mask, values)
+    call.fill(mask if mask.rows else values, 0, "padded rows write to where real rows are")
+    return FREE
+
+
 @rule("aten::_unsafe_masked_index", line=one_line)
 def masked_index(call: Call) -> Results:
     """Reads as :func:`index` where a mask of the indices' shape allows; elsewhere gives a number."""
@@ -186,50 +214,79 @@ def _by_dim(indices: list[Operand | None]) -> dict[int, Operand]:
     return {dim: index for dim, index in enumerate(indices) if index is not None}
 
 
-def _read(call: Call, indices: Mapping[int, Operand]) -> Results:
-    operand: Operand = call["self"]
-    facts = Fact.REPLICA if operand.rows is FREE else Fact.REPLICA | Fact.ZERO
-    return call.keep(facts, *_reads(call, operand, indices))
+def _facts(call: Call) -> Fact:
+    return Fact.REPLICA if call["self"].rows is FREE else Fact.REPLICA | Fact.ZERO
+
+
+def _read(call: Call, operand: Operand, indices: Mapping[int, Operand], facts: Fact) -> Results:
+    deciding = _reads(call, operand, indices)
+    return call.keep(facts, *deciding) if any(one.rows for one in deciding) else FREE
 
 
 def _reads(call: Call, operand: Operand, indices: Mapping[int, Operand]) -> list[Operand]:
-    """Checks that each row reads from its own row or from what is free of rows.
+    """Checks that each row reads from its own row, from real rows by number, or from what is free of rows.
 
     Returns the operands that decide what the padded rows of the result hold.
     """
+    picks = _picks(operand, indices)
     for dim, index in indices.items():
         if index.dtype in (torch.bool, torch.uint8):
             raise RefusePadding("selects entries by a mask: their number depends on values")
-        if dim == operand.row_dim:
-            _is_own(index, operand)
-        else:
+        if dim != operand.row_dim:
             _stays_inside(call, index, operand.shape[dim])
+        elif picks:
+            call.pick(index, operand, "picks rows by numbers", wraps=call.operator not in _NEVER_NEGATIVE)
+            _inside(call, index)
     meet(*indices.values())
     if operand.rows is not FREE and operand.row_dim not in indices and any(i.rows for i in indices.values()):
         raise RefusePadding("every row's indices are applied to every row")
+    if picks:
+        return list(indices.values())
     return [operand, *(index for dim, index in indices.items() if dim != operand.row_dim)]
+
+
+def _picks(operand: Operand, indices: Mapping[int, Operand]) -> bool:
+    """Returns whether rows are picked by number: each row by itself is no picking."""
+    index = indices.get(operand.row_dim) if operand.row_dim is not None else None
+    return index is not None and not _is_own(index, operand)
 
 
 def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumulate: bool) -> Results:
     operand: Operand = call["self"]
+    picks = _picks(operand, indices)
     deciding = _reads(call, operand, indices)
     source = values if isinstance(values, Operand) else None
-    if source is not None:
+    is_by_row = any(index.rows for index in indices.values()) or (operand.rows and not picks)
+    if source is not None and (is_by_row or source.rows):
         source.check_place(_place_in_selection(operand, indices))
-    if operand.rows is not FREE:
+    if operand.rows is not FREE and not picks:
         facts = Fact.REPLICA if source is None or source.rows is FREE else Fact.REPLICA | Fact.ZERO
         return call.keep(facts, *deciding, *filter(None, [source]))
-    # Padded rows write too. That changes nothing if they write what the last real row writes, or add zero.
-    otherwise = "padded rows write into a tensor free of rows"
-    if accumulate:
+    if is_by_row:
+        _padded_write_nothing(call, [*indices.values()], source, "sum" if accumulate else None)
+    if operand.rows is FREE:
+        return FREE
+    return in_order(call.keep(Fact.NOTHING if is_by_row else Fact.ZERO, operand))
+
+
+def _padded_write_nothing(call: Call, indices: list[Operand], source: Operand | None, reduces: str | None) -> None:
+    """Makes sure that padded rows, which write too, change nothing.
+
+    They add zero, or write, once more, what the last real row writes.
+    """
+    otherwise = "padded rows write to where real rows are"
+    if reduces in ("sum", "add"):
         if source is None or source.rows is FREE:
             raise RefusePadding(otherwise)
         if not source.holds(Fact.ZERO):
             call.fill(source, 0, otherwise)
-    elif not common(*deciding, source) & Fact.REPLICA:
-        for one in (*deciding, *([source] if source else [])):
+        for index in indices:
+            _inside(call, index)
+    elif reduces not in (None, "amax", "amin"):
+        raise RefusePadding(otherwise)
+    elif not common(*indices, source) & Fact.REPLICA:
+        for one in (*indices, *([source] if source else [])):
             call.fill(one, "last", otherwise)
-    return FREE
 
 
 def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int:
@@ -242,17 +299,30 @@ def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int
     selection = [*before, *range(-width, 0), *kept[len(before) :]]
     place = meet(*indices.values())
     place = operand.row_dim if place is None else place
-    if place is None:
+    if place not in selection:
         raise RefusePadding("rows are written where there are none")
     return selection.index(place) - len(selection)
 
 
-def _is_own(index: Operand, operand: Operand) -> None:
-    """Refuses to pick rows by number unless each row picks itself."""
+def _is_own(index: Operand, operand: Operand) -> bool:
+    """Returns whether each row picks itself."""
     picked, own = operand.rows, index.rows
     is_own = own and own.together and own.holds & Fact.OWN_INDEX
-    if not (own and is_own and picked and picked.together and picked.per == 1 and picked.extra == own.extra):
-        raise RefusePadding("picks rows by numbers", _symbols(index.shape))
+    return bool(own and is_own and picked and picked.together and picked.per == 1 and picked.extra == own.extra)
+
+
+def _inside(call: Call, index: Operand) -> None:
+    """Makes sure that padded rows pick a real row, the first one, where they don't repeat the last one's number."""
+    if not index.holds(Fact.REPLICA):
+        call.fill(index, 0, "what padded rows hold may be no valid index")
+
+
+def _places(call: Call, operand: Operand, index: Operand, dims: set[int]) -> None:
+    """Refuses where rows of the index lie along another dim than that by which entries are picked."""
+    if index.rows and index.rows.dim not in dims:
+        raise RefusePadding("rows along different dims meet", index.shape[index.rows.dim].free_symbols)
+    if operand.rows and not operand.rows.together:
+        raise RefusePadding("rows are at other places when padded")
 
 
 def _stays_inside(call: Call, index: Operand, size: sympy.Expr) -> None:
@@ -274,7 +344,3 @@ def _same_rows(operand: Operand, other: Operand) -> None:
     mine, others = ((rows.dim, rows.count, rows.extra) for rows in (operand.rows, other.rows))
     if mine != others:
         raise RefusePadding("rows along different dims meet")
-
-
-def _symbols(shape: tuple[sympy.Expr, ...]) -> frozenset[sympy.Symbol]:
-    return frozenset().union(*(size.free_symbols for size in shape))

@@ -76,9 +76,21 @@ def reduce(call: Call) -> Results:
     if not over_rows(call):
         return call.keep(Fact.REPLICA | (Fact.ZERO if name in _ZERO_FROM_ZEROS else Fact.NOTHING))
     if not operand.holds(_EXACT_OVER_ROWS.get(name, Fact.NOTHING)):
-        if name not in _NEUTRAL or (name in _PLACES and not _places_stay(call, operand)):
+        is_norm = name == "aten::linalg_vector_norm" and _adds_magnitudes(call["ord"])
+        neutral = 0 if is_norm else _NEUTRAL.get(name)
+        if neutral is None or (name in _PLACES and not _places_stay(call, operand)):
             raise RefusePadding("reduces over the padded rows")
-        call.fill(operand, _NEUTRAL[name], "reduces over the padded rows")
+        call.fill(operand, neutral, "reduces over the padded rows")
+    return FREE
+
+
+@rule("aten::histc")
+def histogram(call: Call) -> Results:
+    """Counts entries in fixed bins: padded ones are in none."""
+    operand = call.only("self")
+    if call["min"] == call["max"]:
+        raise RefusePadding("takes its bins from the padded rows")
+    call.fill(operand, "highest", "counts the padded rows")
     return FREE
 
 
@@ -101,7 +113,6 @@ def extreme(call: Call) -> Results:
     "aten::mode",
     "aten::nanmedian.dim",
     "aten::sort",
-    "aten::sort.stable",
     "aten::std_mean.correction",
     "aten::topk",
     "aten::var_mean.correction",
@@ -112,6 +123,18 @@ def reduce_to_several(call: Call) -> Results:
     if over_rows(call):
         raise RefusePadding("reduces or sorts over the padded rows")
     return call.each(Fact.REPLICA)
+
+
+@rule("aten::sort.stable")
+def sort(call: Call) -> Results:
+    """Sorts each row for itself over another dim, or the rows, if a mask keeps the padded ones behind."""
+    operand = call.only("self")
+    if not over_rows(call):
+        return call.each(Fact.REPLICA)
+    if not operand.together:
+        raise RefusePadding("reduces or sorts over the padded rows")
+    call.fill(operand, "lowest" if call["descending"] else "greatest", "reduces or sorts over the padded rows")
+    return call.each(Fact.NOTHING)
 
 
 @rule(
@@ -140,6 +163,11 @@ def halves(call: Call) -> Results:
     if over_rows(call):
         raise RefusePadding("gates rows with other rows")
     return call.keep(Fact.REPLICA | Fact.ZERO)
+
+
+def _adds_magnitudes(order: object) -> bool:
+    """Returns whether a norm of this order is as it is without what is zero."""
+    return isinstance(order, (int, float)) and order >= 0
 
 
 def _places_stay(call: Call, operand: Operand) -> bool:

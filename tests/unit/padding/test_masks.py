@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cudagraph_backend.padding import masks
 from tests.support.oracle import BUCKETS, dynamic, refutation, refute, region, regions, traced
 
 CHOSEN = torch.tensor([2, 0, 3, 1])
@@ -99,6 +98,14 @@ MASKED = {
 }
 
 
+@pytest.fixture
+def inserted(monkeypatch):
+    """The masks that are put into graphs."""
+    seen, insert = [], masks.insert
+    monkeypatch.setattr(masks, "insert", lambda editor, edits: (seen.extend(edits), insert(editor, edits)))
+    return seen
+
+
 @pytest.mark.parametrize("fill", ["replica", "zero"])
 @pytest.mark.parametrize("name", MASKED)
 def test_a_mask_makes_padding_exact(name, fill):
@@ -114,14 +121,16 @@ def test_a_mask_makes_padding_exact(name, fill):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MASKED)
-def test_without_its_masks_the_region_is_wrong(name):
+def test_without_its_masks_the_region_is_wrong(name, monkeypatch):
     """Under one fill or another: else the table above would hold programs that need no mask."""
     torch.manual_seed(0)
     function, inputs = MASKED[name]
     found = traced(function, *(make() for make in inputs))
     wrong = 0
     for fill in ("replica", "zero", "poison"):
-        verdict = replace(found.prove(masked=True), masks=())
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "insert", lambda editor, edits: None)
+            verdict = found.prove(masked=True)
         for bucket in BUCKETS:
             try:
                 wrong += refutation(found, verdict, bucket, fill) is not None
@@ -133,19 +142,12 @@ def test_without_its_masks_the_region_is_wrong(name):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.mean(0),
-        lambda x: x.std(0),
-        lambda x: x / x.shape[0],
-        lambda x: x.sort(0).values.sum(0),
-        lambda x: x.topk(2, 0).values,
-        lambda x: x.flip(0),
-        lambda x: x[-1],
+        lambda x: x[-1],  # a view of an input, which AOTAutograd makes anew from its strides
         lambda x: x.t().argmax(),
         lambda x: (x @ x.t()).argmin(),
         lambda x: x[:, None].expand(-1, x.shape[0], -1).reshape(-1, 4),
         lambda x: F.conv1d(x.t()[None], torch.ones(2, 4, 3), stride=2),
         lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
-        lambda x: torch.cat([x, x[:1]]),
     ],
 )
 def test_what_no_mask_makes_exact_is_refused(function):
@@ -155,7 +157,7 @@ def test_what_no_mask_makes_exact_is_refused(function):
 def test_places_among_all_entries_stay_where_rows_are_outermost():
     found = traced(lambda x: (x.abs().cumsum(0).argmax(), x.unsqueeze(0).argmin()), rows())
     verdict = found.prove(masked=True)
-    assert len(verdict.masks) == 2
+    assert verdict.masks == 2
     assert refute(found, verdict) is None
 
 
@@ -183,10 +185,10 @@ def test_experts_chosen_by_each_row():
     assert refute(found, found.prove(masked=True)) is None
 
 
-def test_rows_behind_padding_of_the_users_own():
+def test_rows_behind_padding_of_the_users_own(inserted):
     found = region(lambda x: F.pad(x, (0, 0, 2, 0)).exp().sum(0), rows())
     verdict = found.prove(masked=True)
-    assert [mask.rows.extra for mask in verdict.masks] == [2]
+    assert [mask.rows.extra for mask in inserted] == [2]
     assert refute(found, verdict) is None
 
 
@@ -202,8 +204,8 @@ def test_two_dims_masked_one_after_the_other():
     assert refute(masked, verdict) is None
 
 
-def test_rows_in_two_dims_need_a_mask_in_each():
+def test_rows_in_two_dims_need_a_mask_in_each(inserted):
     found = traced(lambda x: (x @ x.t()).exp().sum(), rows())
     verdict = found.prove(masked=True)
-    assert [mask.rows.dim for mask in verdict.masks] == [0, 1]
+    assert [mask.rows.dim for mask in inserted] == [0, 1]
     assert refute(found, verdict) is None

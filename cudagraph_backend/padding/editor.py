@@ -1,0 +1,178 @@
+"""Adds operators to a copy of a graph, and one input, the number of real rows, from which sizes reach values.
+
+A captured graph can't be given a number, so what is computed from a padded size is computed from a tensor without dims.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from cudagraph_backend.torch_internals import expr, fake_mode_of, tensor_of_sizes
+
+from .lattice import RefusePadding
+
+aten, prims = torch.ops.aten, torch.ops.prims
+T = TypeVar("T")
+
+
+def copied(graph: Graph) -> GraphModule:
+    """Return a copy of ``graph`` that may be changed; values are shared."""
+    copy = Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    last, output = (next(iter(reversed(one.nodes))) for one in (graph, copy))
+    output.meta = dict(last.meta)
+    return GraphModule(graph.owning_module or torch.nn.Module(), copy)
+
+
+class Editor(GraphAppendingTracer):
+    """Adds operators to ``graph``, in which the dim of ``symbols`` is to be padded.
+
+    Operators are called on proxies, as when tracing, and every node that is made gets its value.
+
+    Attributes:
+        count: the number of real rows, int64 without dims; the graph's last input.
+        made: the nodes that were made, in order.
+    """
+
+    def __init__(self, graph: Graph, symbols: frozenset[sympy.Symbol]) -> None:
+        super().__init__(graph)
+        self.device = _device(graph)
+        self.made: list[Node] = []
+        self._symbols = symbols
+        self._fake = fake_mode_of(graph)
+        self._found = _sizes_of_inputs(graph)
+        self._shared: dict[Hashable, Any] = {}
+        last = graph.find_nodes(op="placeholder")[-1]
+        with graph.inserting_after(last):
+            count = graph.placeholder("rows_" + "_".join(sorted(map(str, symbols))))
+        with graph.inserting_after(count):
+            self._front_end = graph.call_function(operator.pos, (0,))  # taken out when all is done
+        self._front_end.meta["val"] = 0
+        with self._fake:
+            count.meta["val"] = torch.empty((), dtype=torch.int64, device=self.device)
+        self.count = Proxy(count, self)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **options: Any) -> Node:
+        """Make a node at the place where the graph is edited, with its value."""
+        node = super().create_node(kind, target, args, kwargs, *names, **options)
+        with self._fake:
+            node.meta["val"] = target(*values(args), **values(kwargs))
+        self.made.append(node)
+        return node
+
+    def __call__(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Add an operator of which no argument need be a proxy."""
+        return self.create_proxy("call_function", target, args, kwargs)
+
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Add in front of ``node``; what is made belongs to the user's line that made ``node``."""
+        start = len(self.made)
+        with self.graph.inserting_before(node):
+            yield
+        for made in self.made[start:]:
+            made.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what several edits read, made at the front of the graph."""
+        if key not in self._shared:
+            with self.graph.inserting_before(self._front_end):
+                self._shared[key] = make()
+        found: T = self._shared[key]
+        return found
+
+    def finish(self) -> None:
+        """End editing: nothing can be made at the front any more."""
+        self.graph.erase_node(self._front_end)
+
+    def plain(self, size: sympy.Expr) -> Any:
+        """Return a size as the graph has it, padded or not: a number, or what computes it from the inputs' sizes.
+
+        Raises:
+            RefusePadding: no input has it.
+        """
+        if size.is_Integer:
+            return int(size)
+        if size.is_Symbol:
+            if size not in self._found:
+                raise RefusePadding(f"no input has the size {size}, which a mask needs")
+            node, dim = self._found[size]
+            return Proxy(node, self) if dim is None else self(aten.sym_size.int, Proxy(node, self), dim)
+        if not (size.is_Add or size.is_Mul or (size.is_Pow and size.args[1].is_Integer)):
+            raise RefusePadding(f"a mask needs {size}, no sum of products of sizes")
+        combine = operator.add if size.is_Add else operator.mul
+        first, *rest = (size.args[0],) * int(size.args[1]) if size.is_Pow else size.args
+        number = self.plain(first)
+        for part in rest:
+            number = combine(number, self.plain(part))
+        return number
+
+    def counted(self, size: sympy.Expr, dtype: torch.dtype = torch.int64) -> Proxy:
+        """Return what ``size`` is at the real sizes, as a tensor without dims."""
+        return self.once(("counted", size, dtype), lambda: convert(self._counted(size), dtype))
+
+    def _counted(self, size: sympy.Expr) -> Proxy:
+        sizes = {
+            symbol: self.count if symbol in self._symbols else self.constant(self.plain(symbol), torch.int64)
+            for symbol in size.free_symbols
+        }
+        try:
+            tensor: Proxy = tensor_of_sizes(size, sizes, self.constant)
+        except NotImplementedError:
+            raise RefusePadding(f"the padded size reaches values as {size}") from None
+        return tensor
+
+    def constant(self, number: Any, dtype: torch.dtype | None = None, shape: Sequence[sympy.Expr] = ()) -> Proxy:
+        """Return a tensor of ``shape``, without dims if none is given, that holds a number."""
+        if dtype is None:
+            dtype = {bool: torch.bool, int: torch.int64, float: torch.float64}[type(number)]
+        size = [self.plain(each) for each in shape]
+        made: Proxy = self(aten.full.default, size, number, dtype=dtype, device=self.device, pin_memory=False)
+        return made
+
+    def entries(self, size: Any) -> Proxy:
+        """Return 0, 1, 2, … below ``size``."""
+        options = {"start": 0, "step": 1, "dtype": torch.int64, "device": self.device, "requires_grad": False}
+        made: Proxy = self(prims.iota.default, size, **options)
+        return made
+
+
+def value(proxy: Any) -> Any:
+    """Return what is known of a proxy's result."""
+    return proxy.node.meta["val"]
+
+
+def convert(tensor: Proxy, dtype: torch.dtype) -> Proxy:
+    """Return ``tensor`` as ``dtype``."""
+    return tensor if value(tensor).dtype == dtype else prims.convert_element_type.default(tensor, dtype)
+
+
+def values(argument: Any) -> Any:
+    """Return arguments with nodes replaced by their values."""
+    return torch.fx.map_arg(argument, lambda node: node.meta["val"])
+
+
+def _device(graph: Graph) -> torch.device:
+    tensors: Sequence[Any] = [node.meta.get("val") for node in graph.nodes]
+    devices = [tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))
+
+
+def _sizes_of_inputs(graph: Graph) -> dict[sympy.Symbol, tuple[Node, int | None]]:
+    """Return where a graph's sizes are found: in a number, or in a dim of a tensor, among its inputs."""
+    found: dict[sympy.Symbol, tuple[Node, int | None]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            found[expr(val)] = (node, None)
+        for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            found.setdefault(expr(size), (node, dim))
+    return {size: place for size, place in found.items() if size.is_Symbol}

@@ -1,0 +1,11 @@
+"""Other forms of operators, in which the padded size is no value and rows are picked by number.
+
+A form computes the same at the exact size. Nothing is believed of it: the walk judges every operator that it is made
+of, and masks what these read, as if the user had written them. Importing this package registers all forms.
+"""
+
+from . import constants, moves, sorting, statistics
+from .form import form_of
+from .site import Site
+
+__all__ = ["Site", "constants", "form_of", "moves", "sorting", "statistics"]

@@ -1,0 +1,119 @@
+"""Programs that people pad by hand: ``n`` as a value, rows picked, written and moved by number; graphs are buckets."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cudagraph_backend as sg
+from tests.support.regions import BUCKETS, SIZES, check, compiled
+
+
+def ints(below, *shape, device):
+    return torch.randint(0, below, shape, device=device)
+
+
+PROGRAMS = {
+    "mean": lambda x, i: x - x.mean(0),
+    "standard deviation": lambda x, i: (x - x.mean()) / x.std(),
+    "scaled by n": lambda x, i: x / x.shape[0],
+    "batch norm": lambda x, i: F.batch_norm(x, None, None, training=True),
+    "loss": lambda x, i: F.cross_entropy(x, i % 8),
+    "picked": lambda x, i: x[i].relu(),
+    "picked from the end": lambda x, i: x[-1 - i].relu(),
+    "messages": lambda x, i: torch.zeros_like(x).index_add(0, i, x[i.flip(0)].relu()),
+    "scattered": lambda x, i: torch.zeros_like(x).scatter_add(0, i[:, None].expand(-1, 8), x),
+    "scattered mean": lambda x, i: torch.zeros_like(x).scatter_reduce(
+        0, i[:, None].expand(-1, 8), x, "mean", include_self=False
+    ),
+    "sorted": lambda x, i: x[x[:, 0].argsort()].cumsum(0),
+    "last row": lambda x, i: x.exp()[-1] * 2,
+    "reversed": lambda x, i: x.flip(0) + x,
+    "joined": lambda x, i: torch.cat([x, x[:1]]).exp(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_graphs_are_buckets(name, device):
+    stats = check(PROGRAMS[name], lambda n: [torch.randn(n, 8, device=device), ints(n, n, device=device)])
+    assert re.search(r"buckets: (8, 32|8×8, 32×32) \(", sg.explain()), sg.explain()
+    assert stats.fallbacks == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [30, -31])
+def test_a_number_outside_raises_though_the_bucket_has_such_a_row(index):
+    """On the host: on a GPU an index out of bounds ends the process, in eager as well."""
+    function = compiled(lambda x, i: x[i] * 2, capture_sizes=BUCKETS)
+    x, i = torch.randn(30, 8), torch.tensor([0, 29, -30, 5])
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.testing.assert_close(function(x, i), x[i] * 2)
+    i[1] = index
+    with pytest.raises((IndexError, RuntimeError), match=r"out of bounds"):
+        function(x, i)
+    i[1] = 3
+    torch.testing.assert_close(function(x, i), x[i] * 2)
+
+
+@pytest.mark.slow
+def test_training_with_changing_batches(device):
+    """Batch norm, an embedding and a mean: forwards and backwards in buckets, with gradients as eager's."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.norm, self.out = nn.Embedding(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 20)
+
+        def forward(self, i):
+            return F.cross_entropy(self.out(self.norm(self.table(i)).relu()), i)
+
+    torch.manual_seed(0)
+    model, eager = (Model().to(device) for _ in range(2))
+    eager.load_state_dict(model.state_dict())
+    step = compiled(model, capture_sizes=BUCKETS)
+    for n in SIZES:
+        i = ints(20, n, device=device)
+        torch._dynamo.mark_dynamic(i, 0)
+        ours, theirs = step(i), eager(i)
+        ours.backward()
+        theirs.backward()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for one, other in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+            one.grad = other.grad = None
+    torch.testing.assert_close(dict(model.named_buffers()), dict(eager.named_buffers()), rtol=1e-4, atol=1e-4)
+    assert re.findall(r"buckets: (.+) \(", sg.explain()) == ["8, 32"] * 2, sg.explain()
+
+
+@pytest.mark.slow
+def test_nodes_and_edges_change_apart(device):
+    """A graph network: few graphs for many shapes, one for each pair of buckets that is met."""
+    weight = torch.randn(8, 8, device=device)
+
+    def network(x, edges):
+        source, target = edges
+        for _ in range(2):
+            x = torch.zeros_like(x).index_add(0, target, (x @ weight).relu()[source]) + x
+        return x.mean(0)
+
+    step = compiled(network, capture_sizes=[16, 64])
+    for nodes, edges in [(5, 9), (7, 30), (12, 40), (30, 60), (11, 50), (6, 14), (5, 9), (40, 16)]:
+        x = torch.randn(nodes, 8, device=device)
+        pairs = ints(nodes, 2, edges, device=device)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(pairs, 1)
+        torch.testing.assert_close(step(x, pairs), network(x, pairs), rtol=1e-3, atol=1e-3)
+    assert re.search(r"buckets: 16×16, 16×64, 64×16, 64×64 \(", sg.explain()), sg.explain()
+
+
+def test_explain_names_the_operators_that_are_counted(device):
+    step = compiled(lambda x: x.mean(0), capture_sizes=BUCKETS)
+    x = torch.randn(5, 8, device=device)
+    torch._dynamo.mark_dynamic(x, 0)
+    step(x)
+    assert "by the number of real rows: aten::mean" in sg.explain()
