@@ -37,7 +37,7 @@ def dynamic_dims(
     refused = [v.symbols for v in verdicts if v.refusal is not None]
     counts: list[CountInput] = []
     for dim in refused if options.pad in ("prove", "probe") else ():
-        if _refused_layouts(module.graph, dim, inputs) is None:
+        if _refused_layouts(module.graph, dim, inputs, shapes) is None:
             verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
     return tuple(_dim(module.graph, verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
 
@@ -56,7 +56,7 @@ def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: 
     to_probe, unproven = None, verdict.refusal
     if options.pad == "probe" and unproven is not None:
         to_probe, unproven = unproven, probe_refusal(graph, unproven)
-    refusal = unproven or _refused_layouts(graph, verdict.symbols, inputs)
+    refusal = unproven or _refused_layouts(graph, verdict.symbols, inputs, shapes)
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
@@ -98,9 +98,13 @@ def _masked(
     return verdict
 
 
-def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
+def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], shapes: Shapes) -> Refusal | None:
     layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols)))
-    return _refused_number(graph, symbols, inputs) or _refused_unstaged(graph, symbols, inputs) or next(layouts, None)
+    return (
+        _refused_number(graph, symbols, inputs, shapes)
+        or _refused_unstaged(graph, symbols, inputs)
+        or next(layouts, None)
+    )
 
 
 def _refused_unstaged(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
@@ -113,15 +117,17 @@ def _refused_unstaged(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInp
     return None
 
 
-def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput]) -> Refusal | None:
-    """Refuse an int argument that is no dim of a tensor: it is a value like any other, and has no rows to pad.
+def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], shapes: Shapes) -> Refusal | None:
+    """Refuse an int argument that is neither a dim of a tensor nor known to be a size: it is a value like any other.
 
-    One that is linked to a dim has that dim's rows.
+    One that is linked to a dim has that dim's rows; one that no guard lets be negative is a size of what is made.
     """
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
     if symbols & in_sizes:
         return None
     strided = next((_located(graph, i, r) for i in inputs if (r := _refused_stride(i, symbols))), None)
+    if strided is None and all(map(shapes.is_never_negative, symbols)):
+        return None
     return strided or Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
 
 

@@ -162,7 +162,7 @@ class Call:
                 is_rows = isinstance(val, torch.Tensor) and bool(row_dims(self.sizes.shape(val)))
                 results.append(self._rows(val, facts, operands or self.operands) if is_rows else None)
             except RefusePadding as refusal:
-                results.append(refusal)
+                results.append(refusal.with_traceback(None))  # its frames hold tensors of the user
         return tuple(results)
 
     def result_dim(self) -> RowDim | None:

@@ -37,7 +37,7 @@ class Edits:
         """Return what :meth:`take_back` goes back to."""
         return len(self.operands)
 
-    def take_back(self, state: int | None) -> None:
+    def take_back(self, state: int) -> None:
         """Forget the operands' edits since ``state``."""
         del self.operands[state:]
 

@@ -62,21 +62,27 @@ def prove(
         try:
             return Verdict(symbols, None, bool(holds), outputs=walk.run(graph))
         except RefusePadding as refused:
-            refusal = refused
-    if masked:
-        module = copied(graph)
-        edits = Edits(Editor(module.graph, symbols))
-        walk = Walk(sizes, filled, edits)
-        try:
-            outputs = walk.run(module.graph)
-            edits.finish()
-        except RefusePadding as refused:
-            refusal = refused
-        else:
-            module.recompile()
-            counts, forms = len(edits.operands), tuple(edits.forms)
-            return Verdict(symbols, None, True, edited=module, masks=counts, forms=forms, outputs=outputs)
-    return Verdict(symbols, walk.blame(refusal), False, frozenset(refusal.link) - symbols - {ROWS, HIDDEN})
+            verdict = _refused(symbols, walk, refused)
+    return _prove_edited(graph, symbols, sizes, filled) if masked else verdict
+
+
+def _prove_edited(graph: Graph, symbols: frozenset[sympy.Symbol], sizes: Sizes, filled: Mapping[str, Fact]) -> Verdict:
+    module = copied(graph)
+    edits = Edits(Editor(module.graph, symbols))
+    walk = Walk(sizes, filled, edits)
+    try:
+        outputs = walk.run(module.graph)
+        edits.finish()
+    except RefusePadding as refused:
+        return _refused(symbols, walk, refused)
+    module.recompile()
+    masks, forms = len(edits.operands), tuple(edits.forms)
+    return Verdict(symbols, None, True, edited=module, masks=masks, forms=forms, outputs=outputs)
+
+
+def _refused(symbols: frozenset[sympy.Symbol], walk: Walk, refused: RefusePadding) -> Verdict:
+    """Return the verdict without the exception, whose frames hold the tensors of the call that compiles."""
+    return Verdict(symbols, walk.blame(refused), False, frozenset(refused.link) - symbols - {ROWS, HIDDEN})
 
 
 def _holds(graph: Graph, fill: Fill | Mapping[str, Fill]) -> dict[str, Fact]:

@@ -87,19 +87,27 @@ class Walk:
 
     def _value_or_form(self, node: Node) -> Found:
         """Return what is known of a node; where it is refused and the graph may change, of another form of it."""
-        before = self.edits.state() if self.edits is not None else None
+        before = self.edits.state() if self.edits is not None else 0
         try:
-            return self._value(node)
-        except RefusePadding as refused:
-            if self.edits is None or node.op != "call_function":
+            found = self._value(node)
+        except RefusePadding:
+            if (other := self._in_other_form(node, before)) is None:
                 raise
-            blamed = self.node
-            self.edits.take_back(before)
-            try:
-                return self._formed(node, self.edits)
-            except RefusePadding:
-                self.node = blamed
-                raise refused from None
+            return other
+        other = self._in_other_form(node, before) if isinstance(found, RefusePadding) else None
+        return found if other is None else other
+
+    def _in_other_form(self, node: Node, before: int) -> Found | None:
+        """Return what is known of another form of a node, if there is one that is not refused."""
+        if self.edits is None or node.op != "call_function":
+            return None
+        blamed = self.node
+        self.edits.take_back(before)
+        try:
+            return self._formed(node, self.edits)
+        except RefusePadding:
+            self.node = blamed
+            return None
 
     def _formed(self, node: Node, edits: Edits) -> Found:
         made, results = edits.write_form(node)
@@ -138,7 +146,7 @@ class Walk:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
         item = whole[index] if isinstance(whole, list) else whole  # type: ignore[index]
         if isinstance(item, RefusePadding):
-            raise item
+            raise RefusePadding(item.reason, item.link)
         return self._checked(node, item)
 
     def _call(self, node: Node, target: Any) -> Found:
@@ -310,7 +318,7 @@ class Walk:
     def _operand(self, node: Any, role: int = 0) -> Operand:
         val, axes = node.meta.get("val"), self.values[node]
         if isinstance(axes, RefusePadding):
-            raise axes
+            raise RefusePadding(axes.reason, axes.link)
         if val is None and node.op != "get_attr":
             raise RefusePadding(f"nothing is known of {node.name}")
         if val is None:  # a constant of the graph

@@ -10,45 +10,49 @@ _LARGEST_BOUND_TO_PROVIDE_FOR = 8192
 CaptureSizes = tuple[int, ...] | Literal["auto"]
 
 
-def next_auto_size(n: int) -> int:
-    """Return the smallest automatic capture size that is at least ``n``.
+def next_auto_size(n: int, dims: int = 1) -> int:
+    """Return the smallest automatic capture size that is at least ``n``, of one of so many dims that change.
 
     1, 2, 4, 8, then by 8 up to 256, by 16 up to 512, by 32 up to 1024, …: sixteen sizes per doubling past 128, so that
-    less than 1/16 of such a bucket is padding. (vLLM and SGLang step alike, up to a last size.)
+    less than 1/16 of such a bucket is padding. (vLLM and SGLang step alike, up to a last size.) Sizes of several dims
+    multiply to combinations, so there are eight per doubling for each of two, and four for each of more.
     """
     if n <= 8:
         return 1 << max(n - 1, 0).bit_length()
-    step = 1 << max(3, (n - 1).bit_length() - 5)
+    step = 1 << max(3, (n - 1).bit_length() - 6 + min(dims, 3))
     return -(-n // step) * step
 
 
-def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None) -> Iterator[int]:
+def candidates(n: int, capture_sizes: CaptureSizes, upper: int | None, dims: int = 1) -> Iterator[int]:
     """Return the capture sizes that could serve ``n``, smallest first.
 
     Args:
         n: the real size.
         capture_sizes: the user's sizes, or ``"auto"``.
         upper: the dim's upper bound, if it has one.
+        dims: how many dims are padded.
     """
     if capture_sizes != "auto":
         yield from (_bounded(size, upper) for size in capture_sizes if size >= n)
         return
-    size = next_auto_size(n)
+    size = next_auto_size(n, dims)
     # Guards may exclude a size (n % 8 != 0, n <= 20): a few larger ones are tried, not an endless list of them.
     for _ in range(4):
         if upper is not None and size >= upper:
             yield upper
             return
         yield size
-        size = next_auto_size(size + 1)
+        size = next_auto_size(size + 1, dims)
 
 
-def choose(n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Callable[[int], bool]) -> int | None:
+def choose(
+    n: int, capture_sizes: CaptureSizes, upper: int | None, admits: Callable[[int], bool], dims: int = 1
+) -> int | None:
     """Return the bucket of ``n``: the smallest capture size that holds it and that the region's guards admit.
 
     Returns ``n`` itself where no such size is admitted, and ``None`` above the largest of the user's sizes.
     """
-    for size in candidates(n, capture_sizes, upper):
+    for size in candidates(n, capture_sizes, upper, dims):
         if admits(size):
             return size
     return n if capture_sizes == "auto" or n <= max(capture_sizes) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from cudagraph_backend.runtime.plan import Bucket, Plan, Sizes
 from cudagraph_backend.runtime.readings import Reading, shape_at
 
 _PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
+_MORE_BYTES_THAN_OWN = 1.25  # of inputs, in a bucket that serves sizes whose own bucket does not exist
 _PROVIDED_AT_ONCE = 1 << 28  # bytes of one input; beyond 256 MiB a bound is no reason to take memory in advance
 
 
@@ -150,12 +152,39 @@ class Planner:
             n = found.pop()
             if n == 0:  # there is no last row to repeat
                 continue
-            size = buckets.choose(n, self._options.capture_sizes, dim.upper, self._admits(dim, values))
+            admits = self._admits(dim, values)
+            size = buckets.choose(n, self._options.capture_sizes, dim.upper, admits, len(dims))
             if size is None:
                 return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
             values.update(dict.fromkeys(dim.symbols, size))
         kept = self._kept_equal(self.region.values(sizes), values, dims)
-        return tuple(evaluate(s.size, kept) for s in self.region.sizes)
+        own = tuple(evaluate(s.size, kept) for s in self.region.sizes)
+        return self._existing(self.region.values(sizes), own, dims) or own
+
+    def _existing(self, real: Values, own: Sizes, dims: Sequence[DynamicDim]) -> Sizes | None:
+        """Return a bucket that exists and holds a call's sizes at little more cost than its ``own``; the least such.
+
+        Sizes of several dims seldom come in the same combination again: nodes, edges and graphs, batch and length.
+        """
+        if len(dims) < 2 or self._options.capture_sizes != "auto" or own in self.buckets:
+            return None
+        padded = {symbol for dim in dims if dim.to_probe is None for symbol in dim.symbols}
+        needed = self.region.values(own)
+        most = self._input_bytes(needed) * _MORE_BYTES_THAN_OWN
+
+        def serves(sizes: Sizes) -> bool:
+            there = self.region.values(sizes)
+            holds = all(
+                there[s] >= real[s] if s in padded and needed[s] != real[s] else there[s] == needed[s] for s in real
+            )
+            return holds and self.buckets[sizes].refusal is None and self._input_bytes(there) <= most
+
+        return min(
+            filter(serves, self.buckets), key=lambda sizes: self._input_bytes(self.region.values(sizes)), default=None
+        )
+
+    def _input_bytes(self, values: Values) -> int:
+        return sum(math.prod(shape_at(t, values)[0]) * t.dtype.itemsize for t in self.region.staged)
 
     def _kept_equal(self, real: Values, padded: Values, dims: Sequence[DynamicDim]) -> Values:
         """Return ``padded``, but dims without proof are padded only where sizes equal in the call stay equal.

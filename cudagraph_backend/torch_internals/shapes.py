@@ -54,6 +54,11 @@ class Shapes:
         upper = None if known is None else known.upper
         return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
 
+    def is_never_negative(self, symbol: sympy.Symbol) -> bool:
+        """Return whether guards hold that ``symbol`` is no negative number, as they do where it is a size."""
+        known = self._env.var_to_range.get(symbol)  # type: ignore[union-attr]
+        return known is not None and bool(known.lower >= 0)
+
     def admits(self, sizes: Sequence[int]) -> bool:
         """Return whether the compiled region is valid for these values of its SymInt inputs, in their order.
 

@@ -221,8 +221,7 @@ def _translators() -> Iterator[Architecture]:
 def _vision() -> Iterator[Architecture]:
     for family in ("Beit", "DeiT", "Dinov2", "ViT", "ViTMAE"):
         model = partial(_hugging_face, f"{family}Model", **IMAGE)
-        refused = "draws random numbers" if family == "ViTMAE" else None
-        yield Architecture(family, "vision", model, _image, refused)
+        yield Architecture(family, "vision", model, _image)
     yolos: Settings = {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 4}
     yield Architecture("YOLOS", "vision", partial(_hugging_face, "YolosModel", **yolos), _image)
     swin: Settings = {

@@ -111,6 +111,26 @@ def test_nodes_and_edges_change_apart(device):
     assert re.search(r"buckets: 16×16, 16×64, 64×16, 64×64 \(", sg.explain()), sg.explain()
 
 
+@pytest.mark.slow
+def test_rows_draw_the_numbers_that_they_draw_with_inductor(device):
+    """An entry's number depends on its place in memory, which is the same where rows are outermost."""
+
+    def noisy(x):
+        return F.dropout(x, 0.5) + torch.rand_like(x) + torch.randn(x.shape[0], 3, device=x.device).sum(1, keepdim=True)
+
+    ours, theirs = compiled(noisy, capture_sizes=BUCKETS), torch.compile(noisy)
+    for n in SIZES:
+        x = torch.randn(n, 8, device=device)
+        torch._dynamo.mark_dynamic(x, 0)
+        drawn = []
+        for function in (ours, ours, theirs):
+            torch.manual_seed(3)
+            drawn.append(function(x).clone())
+        assert torch.equal(drawn[0], drawn[1])
+        torch.testing.assert_close(drawn[0], drawn[2])
+    assert re.search(r"buckets: 8, 32 \(", sg.explain()), sg.explain()
+
+
 def test_explain_names_the_operators_that_are_counted(device):
     step = compiled(lambda x: x.mean(0), capture_sizes=BUCKETS)
     x = torch.randn(5, 8, device=device)

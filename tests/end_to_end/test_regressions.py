@@ -136,11 +136,11 @@ def test_parameters_that_move_at_every_call_are_not_captured_for_ever(device):
 
 
 def test_sizes_beyond_max_graphs_hold_nothing(device):
-    f = torch.compile(lambda x: x.mean(0), backend="sharedgraph", options={"max_graphs": 2}, dynamic=True)
+    f = torch.compile(lambda x: x.median(0).values, backend="sharedgraph", options={"max_graphs": 2}, dynamic=True)
     with torch.no_grad():
         for n in range(5, 40):
             x = torch.randn(n, 4, device=device)
-            torch.testing.assert_close(f(x), x.mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(f(x), x.median(0).values, rtol=1e-4, atol=1e-5)
     (region,) = sg.sharedgraph.regions()
     assert len(region.state.planner.buckets) == 2
     assert sum(sg.stats().fallbacks.values()) == 33

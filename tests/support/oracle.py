@@ -6,6 +6,7 @@ every real row must be the same. ``refutation`` does just that; it knows nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -214,11 +215,30 @@ def equal_runs(region: Region, seeds: Sequence[int]) -> bool:
 
 
 class _Repeatable(Interpreter):
-    """Memory that an operator leaves uninitialised holds the same in every run."""
+    """Memory that an operator leaves uninitialised holds the same in every run, and entries draw as Inductor lets them:
+
+    by the seed and their number in memory, whatever the size.
+    """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (torch.ops.prims.inductor_random.default, torch.ops.prims.inductor_randint.default):
+            return _drawn(target, *args)
         result = super().call_function(target, args, kwargs)
         return result.fill_(_hostile(result.dtype, "poison")) if "empty" in str(target) else result
+
+
+def _drawn(target: Any, *args: Any) -> torch.Tensor:
+    if target is torch.ops.prims.inductor_randint.default:
+        low, high, size, seed = args
+        return (low + _uniform(size, seed) * (high - low)).long()
+    size, seed, mode = args
+    uniform = _uniform(size, seed)
+    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).float() if mode == "randn" else uniform.float()
+
+
+def _uniform(size: Sequence[int], seed: torch.Tensor) -> torch.Tensor:
+    entry = torch.arange(math.prod(size), dtype=torch.float64)
+    return ((entry * 12.9898 + float(seed % 1000)).sin() * 43758.5453).frac().abs().reshape(*size)
 
 
 def _run(module: GraphModule, inputs: list[Any], seed: int = 0) -> list[Any]:

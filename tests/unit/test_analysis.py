@@ -227,8 +227,8 @@ def test_padding_off_refuses_every_dim():
 
 
 def test_padding_assumed_takes_what_the_proof_refuses():
-    assert verdicts(region_of(lambda x: x.mean(0), torch.randn(6, 4), pad="assume"))[0] is None
-    assert verdicts(region_of(lambda x: x.mean(0), torch.randn(6, 4)))[0] is not None
+    assert verdicts(region_of(lambda x: x.median(0).values, torch.randn(6, 4), pad="assume"))[0] is None
+    assert verdicts(region_of(lambda x: x.median(0).values, torch.randn(6, 4)))[0] is not None
 
 
 def unproven(region: Region) -> list[str | None]:
@@ -238,19 +238,19 @@ def unproven(region: Region) -> list[str | None]:
 
 def test_what_the_proof_refuses_is_left_to_the_probe():
     x = torch.randn(6, 4)
-    assert unproven(region_of(lambda x: x.mean(0), x, pad="probe")) == ["aten.mean.dim", None]
-    assert unproven(region_of(lambda x: x.mean(0), x)) == ["reduces over the padded rows", None]
+    assert unproven(region_of(lambda x: x.median(0).values, x, pad="probe")) == ["aten.median.dim", None]
+    assert unproven(region_of(lambda x: x.median(0).values, x)) == ["reduces or sorts over the padded rows", None]
 
 
 def test_the_probe_does_not_change_a_refusal_of_the_layout():
     x = torch.randn(1, 4).expand(6, 4)
-    (reason,) = unproven(region_of(lambda x: x.mean(0), x, pad="probe", fill="zero"))[:1]
+    (reason,) = unproven(region_of(lambda x: x.median(0).values, x, pad="probe", fill="zero"))[:1]
     assert "is expanded along the dynamic dim" in reason
 
 
 def test_no_probe_of_random_numbers():
-    region = region_of(lambda x: x.mean(0) + torch.rand(4), torch.randn(6, 4), pad="probe")
-    assert "reduces over the padded rows; no probe: the region draws random numbers" in unproven(region)[0]
+    region = region_of(lambda x: x.median(0).values + torch.rand(4), torch.randn(6, 4), pad="probe")
+    assert "reduces or sorts over the padded rows; no probe: the region draws random numbers" in unproven(region)[0]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_no_probe_of_random_numbers():
     ],
 )
 def test_extremes_that_may_become_integers(function, takes_extremes):
-    region = region_of(lambda x: (function(x), x.mean(0)), torch.randn(6, 4), pad="probe")
+    region = region_of(lambda x: (function(x), x.median(0).values), torch.randn(6, 4), pad="probe")
     assert region.takes_extremes is takes_extremes
     (dim, *_) = region.dims
     assert (dim.refusal is None) is takes_extremes
@@ -341,11 +341,16 @@ def test_an_int_argument_is_padded_with_the_dim_that_it_counts():
     assert len(counted & linked.symbols) == 1
 
 
-def test_an_int_argument_alone_has_no_rows():
+def test_an_int_argument_that_is_a_size_is_padded():
     region = region_of(lambda x, n: x[:, None].expand(-1, n) * 2, torch.randn(6), 9)
+    assert [dim.refusal for dim in region.dims] == [None, None]
+
+
+def test_an_int_argument_that_is_a_value_has_no_rows():
+    region = region_of(lambda x, n: x[:, None] * n, torch.randn(6), 9)
     (refusal,) = (dim.refusal for dim in region.dims if dim.refusal)
-    assert refusal.reason == "it is the size of no input's dim"
-    assert str(refusal.source).endswith("x[:, None].expand(-1, n) * 2, torch.randn(6), 9)")
+    assert refusal.reason == "the padded size reaches values through argument 'other'"
+    assert str(refusal.source).endswith("x[:, None] * n, torch.randn(6), 9)")
 
 
 def test_expanded_rows_can_not_be_filled_with_zeros():
@@ -488,10 +493,10 @@ def test_a_wait_is_for_one_of_several_collectives_that_began_in_the_graph(is_our
 
 
 def test_a_float_of_a_size_is_no_data():
-    """``x * n**-0.5`` is fixed in a graph of one size: the dim may not be padded, but it can be captured."""
+    """``x * n**-0.5`` can be captured, and padded, as it is computed from the number of real rows."""
     region = region_of(lambda x: x * x.shape[0] ** -0.5, torch.randn(6, 4))
     assert region.refusal is None
-    assert verdicts(region)[0] is not None
+    assert verdicts(region)[0] is None
 
 
 def test_a_refused_region_has_no_dims():

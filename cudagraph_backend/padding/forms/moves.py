@@ -6,7 +6,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Proxy
+from torch.fx import Node, Proxy
 
 from cudagraph_backend.torch_internals import expr
 
@@ -74,6 +74,35 @@ def cat(site: Site) -> Proxy:
     if result is None:
         raise RefusePadding("joins nothing")
     return result
+
+
+@form("aten::constant_pad_nd")
+def pad(site: Site) -> Proxy:
+    """Pick each entry from behind what is put in front, and the given number where none is left."""
+    result, editor, pads = site["self"], site.editor, site["pad"]
+    if all(_shape(user) == _shape(result.node) for user in site.node.users):
+        raise RefusePadding("is cut back to what it was")  # as CUDA's attention aligns masks: the walk sees to it
+    number = editor.constant(site["value"], site.val.dtype)
+    for dim, ends in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        dim, (front, behind) = value(result).ndim - 1 - dim, ends
+        if not (isinstance(front, int) and isinstance(behind, int) and front >= 0 and behind >= 0):
+            raise RefusePadding("cuts, or pads by a number that changes")
+        if (front, behind) == (0, 0):
+            continue
+        place = editor.entries(editor.plain(site.size(result, dim) + front + behind))
+        own = aten.sub.Tensor(place, front)
+        is_own = aten.bitwise_and.Tensor(
+            aten.ge.Scalar(own, 0), aten.lt.Tensor(own, editor.counted(site.size(result, dim)))
+        )
+        here = _picked(result, dim, aten.where.self(is_own, own, aten.mul.Tensor(place, 0)))
+        shape = [-1, *[1] * (value(result).ndim - 1 - dim)]
+        result = aten.where.self(aten.view.default(is_own, shape), here, number)
+    return result
+
+
+def _shape(node: Node) -> list[sympy.Expr]:
+    traced = node.meta.get("val")
+    return [*map(expr, traced.shape)] if isinstance(traced, torch.Tensor) else []
 
 
 def _picked(x: Proxy, dim: int, numbers: Proxy) -> Proxy:
