@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill
+from cudagraph_backend.torch_internals import dispatch_to_proxies
 
 from .editor import Editor, copied
 from .edits import Edits
@@ -71,8 +72,9 @@ def _prove_edited(graph: Graph, symbols: frozenset[sympy.Symbol], sizes: Sizes, 
     edits = Edits(Editor(module.graph, symbols))
     walk = Walk(sizes, filled, edits)
     try:
-        outputs = walk.run(module.graph)
-        edits.finish()
+        with dispatch_to_proxies():
+            outputs = walk.run(module.graph)
+            edits.finish()
     except RefusePadding as refused:
         return _refused(symbols, walk, refused)
     module.recompile()

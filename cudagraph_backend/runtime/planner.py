@@ -18,7 +18,7 @@ from cudagraph_backend.runtime.plan import Bucket, Plan, Sizes
 from cudagraph_backend.runtime.readings import Reading, shape_at
 
 _PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
-_MORE_BYTES_THAN_OWN = 1.25  # of inputs, in a bucket that serves sizes whose own bucket does not exist
+_MORE_BYTES_PER_DIM = 1 / 8  # of inputs, in a bucket that serves sizes whose own bucket does not exist
 _PROVIDED_AT_ONCE = 1 << 28  # bytes of one input; beyond 256 MiB a bound is no reason to take memory in advance
 
 
@@ -170,7 +170,7 @@ class Planner:
             return None
         padded = {symbol for dim in dims if dim.to_probe is None for symbol in dim.symbols}
         needed = self.region.values(own)
-        most = self._input_bytes(needed) * _MORE_BYTES_THAN_OWN
+        most = self._input_bytes(needed) * (1 + len(dims) * _MORE_BYTES_PER_DIM)
 
         def serves(sizes: Sizes) -> bool:
             there = self.region.values(sizes)

@@ -41,6 +41,7 @@ from cudagraph_backend.torch_internals.dynamo import (
 )
 from cudagraph_backend.torch_internals.fx import (
     attribute_of,
+    dispatch_to_proxies,
     fake_mode_of,
     flat_arguments,
     number_of,
@@ -148,6 +149,7 @@ __all__ = [
     "current_device_index",
     "current_step",
     "current_stream",
+    "dispatch_to_proxies",
     "end_failed_capture",
     "expr",
     "failed_operator",

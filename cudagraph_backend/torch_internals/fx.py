@@ -19,6 +19,14 @@ def fake_mode_of(graph: torch.fx.Graph) -> Any:
     )
 
 
+def dispatch_to_proxies() -> Any:
+    """Return a context in which operators that are called on proxies add nodes.
+
+    A tensor subclass turns that off while it is differentiated, which is when backwards are compiled.
+    """
+    return torch._C._EnableTorchFunction()
+
+
 def trace_missing_values(graph: torch.fx.Graph) -> None:
     """Give operators that have no traced value one: Inductor's passes put some in without (for tensors on ``meta``)."""
     mode = fake_mode_of(graph)
