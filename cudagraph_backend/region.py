@@ -71,19 +71,18 @@ class SizeInput:
 
 @dataclass(frozen=True, slots=True)
 class CountInput:
-    """An argument that the analysis added: the number of real rows of a dim, which the masks in the graph compare with.
+    """An argument that the analysis added: the number of real rows of a dim, which the graph computes with.
 
     ``index`` is its place, behind the arguments that the region is called with.
     """
 
     index: int
     name: str
-    symbols: frozenset[sympy.Symbol]
+    symbol: sympy.Symbol
 
     def make(self, values: Values, device: torch.device) -> torch.Tensor:
         """Return the argument for a call, an int64 tensor without dims."""
-        # Sizes of one dim differ in calls that are not padded: no mask may hide an entry then.
-        return torch.full((), max(values[s] for s in self.symbols), dtype=torch.int64, device=device)
+        return torch.full((), values[self.symbol], dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True, slots=True)

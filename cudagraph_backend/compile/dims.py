@@ -28,7 +28,7 @@ def dynamic_dims(
 
     First without touching the graph; dims refused that way are tried again with masks. The masks of one dim are in the
     graph when the next dim is judged, so that the proofs hold one after the other. A dim with masks gives the graph one
-    more input, the number of its real rows.
+    more input per symbol, the number of its real rows.
     """
     symbols = [frozenset([s.size]) for s in sizes if isinstance(s.size, sympy.Symbol)]
     verdicts: list[Verdict] = []
@@ -94,7 +94,9 @@ def _masked(
         module.graph = verdict.edited.graph
         module.recompile()
         placeholders = module.graph.find_nodes(op="placeholder")
-        counts.append(CountInput(len(placeholders) - 1, str(placeholders[-1].target), verdict.symbols))
+        first = len(placeholders) - len(verdict.counts)
+        for index, symbol in enumerate(verdict.counts, start=first):
+            counts.append(CountInput(index, str(placeholders[index].target), symbol))
     return verdict
 
 

@@ -38,7 +38,8 @@ class Editor(GraphAppendingTracer):
     Operators are called on proxies, as when tracing, and every node that is made gets its value.
 
     Attributes:
-        count: the number of real rows, int64 without dims; the graph's last input.
+        counts: the number of real rows by symbol, int64 without dims; they become the graph's last inputs. Symbols
+            that are padded together may differ in calls that are not padded.
         made: the nodes that were made, in order.
     """
 
@@ -46,19 +47,20 @@ class Editor(GraphAppendingTracer):
         super().__init__(graph)
         self.device = _device(graph)
         self.made: list[Node] = []
-        self._symbols = symbols
         self._fake = fake_mode_of(graph)
         self._found = _sizes_of_inputs(graph)
         self._shared: dict[Hashable, Any] = {}
         last = graph.find_nodes(op="placeholder")[-1]
+        self.counts: dict[sympy.Symbol, Proxy] = {}
+        for symbol in sorted(symbols, key=str):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"rows_{symbol}_{len(graph.find_nodes(op='placeholder'))}")
+            with self._fake:
+                last.meta["val"] = torch.empty((), dtype=torch.int64, device=self.device)
+            self.counts[symbol] = Proxy(last, self)
         with graph.inserting_after(last):
-            count = graph.placeholder("rows_" + "_".join(sorted(map(str, symbols))))
-        with graph.inserting_after(count):
             self._front_end = graph.call_function(operator.pos, (0,))  # taken out when all is done
         self._front_end.meta["val"] = 0
-        with self._fake:
-            count.meta["val"] = torch.empty((), dtype=torch.int64, device=self.device)
-        self.count = Proxy(count, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **options: Any) -> Node:
         """Make a node at the place where the graph is edited, with its value."""
@@ -90,8 +92,10 @@ class Editor(GraphAppendingTracer):
         return found
 
     def finish(self) -> None:
-        """End editing: nothing can be made at the front any more."""
+        """End editing: nothing can be made at the front any more, and counts that nothing reads are no inputs."""
         self.graph.erase_node(self._front_end)
+        for symbol in [symbol for symbol, count in self.counts.items() if not count.node.users]:
+            self.graph.erase_node(self.counts.pop(symbol).node)
 
     def plain(self, size: sympy.Expr) -> Any:
         """Return a size as the graph has it, padded or not: a number, or what computes it from the inputs' sizes.
@@ -121,7 +125,7 @@ class Editor(GraphAppendingTracer):
 
     def _counted(self, size: sympy.Expr) -> Proxy:
         sizes = {
-            symbol: self.count if symbol in self._symbols else self.constant(self.plain(symbol), torch.int64)
+            symbol: self.counts[symbol] if symbol in self.counts else self.constant(self.plain(symbol), torch.int64)
             for symbol in size.free_symbols
         }
         try:

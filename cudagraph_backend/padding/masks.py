@@ -66,26 +66,20 @@ def _numbers_of_real_rows(editor: Editor, index: Proxy, edit: RowNumbers) -> Pro
 
 def _is_real(editor: Editor, size: sympy.Expr, rows: Rows, behind: int) -> Proxy:
     """Return which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
-    entry = editor.entries(editor.plain(size))
+    entry, block = editor.entries(editor.plain(size)), (size / rows.blocks).cancel().expand()
     if rows.blocks != 1:
-        entry = aten.remainder.Scalar(entry, editor.plain((size / rows.blocks).cancel().expand()))
-    return aten.view.default(aten.lt.Tensor(entry, _end(editor, rows)), [-1] + [1] * behind)
+        entry = aten.remainder.Scalar(entry, editor.plain(block))
+    return aten.view.default(aten.lt.Tensor(entry, editor.counted(block)), [-1] + [1] * behind)
 
 
 def _kept_real(editor: Editor, size: sympy.Expr, rows: Rows) -> Proxy:
     """Compute for each entry of a dim its own number, and for padded ones that of its like in the last real row."""
-    entry, end = editor.entries(editor.plain(size)), _end(editor, rows)
+    entry, end = editor.entries(editor.plain(size)), editor.counted(size)
     if rows.per == 1:
         return aten.minimum.default(entry, aten.sub.Tensor(end, 1))
     per, behind = editor.plain(rows.per), aten.sub.Tensor(entry, end)
     last = aten.sub.Tensor(aten.add.Tensor(aten.remainder.Scalar(behind, per), end), per)
     return aten.where.self(aten.lt.Scalar(behind, 0), entry, last)
-
-
-def _end(editor: Editor, rows: Rows) -> Proxy:
-    """Return the number of real entries of a block."""
-    end = editor.count if rows.per == 1 else aten.mul.Tensor(editor.count, editor.plain(rows.per))
-    return end if rows.extra == 0 else aten.add.Tensor(end, editor.plain(rows.extra))
 
 
 def _in_role(user: Node, role: int) -> Node:

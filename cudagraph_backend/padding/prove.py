@@ -31,8 +31,8 @@ class Verdict:
         needs_fill: the padded rows of the inputs must hold the fill; otherwise they may hold anything.
         link: with a refusal, symbols that may belong to the same dim: padded together with them, and with equal sizes
             in the call, the region may be proven.
-        edited: the graph for which the verdict holds, if that is not the one that was judged: a copy whose last input
-            is the number of real rows.
+        edited: the graph for which the verdict holds, if that is not the one that was judged: a copy.
+        counts: the symbols of which the edited graph's last inputs tell how many rows are real.
         masks: how many operands are masked there.
         forms: operators that were written in another form there, by name.
         outputs: for each output its rows.
@@ -43,6 +43,7 @@ class Verdict:
     needs_fill: bool
     link: frozenset[sympy.Symbol] = frozenset()
     edited: GraphModule | None = None
+    counts: tuple[sympy.Symbol, ...] = ()
     masks: int = 0
     forms: tuple[str, ...] = ()
     outputs: tuple[Axes, ...] = ()
@@ -78,8 +79,8 @@ def _prove_edited(graph: Graph, symbols: frozenset[sympy.Symbol], sizes: Sizes, 
     except RefusePadding as refused:
         return _refused(symbols, walk, refused)
     module.recompile()
-    masks, forms = len(edits.operands), tuple(edits.forms)
-    return Verdict(symbols, None, True, edited=module, masks=masks, forms=forms, outputs=outputs)
+    counts, masks, forms = tuple(edits.editor.counts), len(edits.operands), tuple(edits.forms)
+    return Verdict(symbols, None, True, frozenset(), module, counts, masks, forms, outputs)
 
 
 def _refused(symbols: frozenset[sympy.Symbol], walk: Walk, refused: RefusePadding) -> Verdict:

@@ -107,6 +107,9 @@ class Walk:
             return self._formed(node, self.edits)
         except RefusePadding:
             self.node = blamed
+            self.edits.take_back(before)
+            for made in self.edits.editor.made:  # what is at the front may be read by another form
+                self.values.setdefault(made, RefusePadding("made for a form that is refused"))
             return None
 
     def _formed(self, node: Node, edits: Edits) -> Found:

@@ -177,7 +177,8 @@ class Planner:
             holds = all(
                 there[s] >= real[s] if s in padded and needed[s] != real[s] else there[s] == needed[s] for s in real
             )
-            return holds and self.buckets[sizes].refusal is None and self._input_bytes(there) <= most
+            alike = all(len({there[s] for s in dim.symbols}) == len({needed[s] for s in dim.symbols}) for dim in dims)
+            return holds and alike and self.buckets[sizes].refusal is None and self._input_bytes(there) <= most
 
         return min(
             filter(serves, self.buckets), key=lambda sizes: self._input_bytes(self.region.values(sizes)), default=None

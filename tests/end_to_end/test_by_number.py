@@ -131,6 +131,31 @@ def test_rows_draw_the_numbers_that_they_draw_with_inductor(device):
     assert re.search(r"buckets: 8, 32 \(", sg.explain()), sg.explain()
 
 
+@pytest.mark.slow
+def test_sizes_that_are_padded_together_may_differ(device):
+    """Each has a count of its own: a call in which they differ is not padded, and divides by the right one."""
+
+    def function(table, x):
+        y = table[: x.shape[0]] + x
+        return y.mean(0), y[-1] * 2, x / x.shape[0], y[torch.arange(x.shape[0], device=x.device) - 1]
+
+    step = compiled(function, capture_sizes=BUCKETS)
+    for rows, n in [(7, 7), (9, 9), (12, 7), (31, 11), (9, 9), (12, 12)]:
+        table, x = torch.randn(rows, 4, device=device), torch.randn(n, 4, device=device)
+        for tensor in (table, x):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch.testing.assert_close(step(table, x), function(table, x))
+
+
+def test_an_unstable_sort_is_made_stable(device):
+    """Else a padded row might come before a real one that it equals."""
+    step = compiled(lambda x: torch.sort(x > 0, dim=0, stable=False).indices, capture_sizes=BUCKETS)
+    x = torch.randn(5, 4, device=device)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert step(x).max() == 4
+    assert "by the number of real rows: aten::sort" in sg.explain()
+
+
 def test_explain_names_the_operators_that_are_counted(device):
     step = compiled(lambda x: x.mean(0), capture_sizes=BUCKETS)
     x = torch.randn(5, 8, device=device)

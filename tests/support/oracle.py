@@ -85,11 +85,11 @@ class Region:
         return prove(self.module.graph, frozenset(symbols or self.symbols()), fill, masked=masked)
 
     def with_masks(self, verdict: Verdict) -> Region:
-        """The region with the masks that a verdict asks for, and the number of real rows as its last argument."""
+        """The region with the masks that a verdict asks for, and the numbers of real rows as its last arguments."""
         if verdict.edited is None:
             return self
-        count = max(self.sizes()[symbol] for symbol in verdict.symbols)
-        return Region(verdict.edited, (*self.args, torch.tensor(count)))
+        counts = [torch.tensor(self.sizes()[symbol]) for symbol in verdict.counts]
+        return Region(verdict.edited, (*self.args, *counts))
 
 
 def dynamic(tensor: torch.Tensor, *dims: int) -> torch.Tensor:

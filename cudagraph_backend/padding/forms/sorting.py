@@ -12,9 +12,11 @@ from .site import Site
 aten = torch.ops.aten
 
 
-@form("aten::sort")
+@form("aten::sort", "aten::sort.stable")
 def sort(site: Site) -> tuple[Proxy, Proxy]:
     """Sort so that equal entries stay in order, which any sort may do."""
+    if site["stable"]:
+        raise RefusePadding("does so already")
     result = aten.sort.stable(site["self"], stable=True, dim=site["dim"], descending=bool(site["descending"]))
     return result[0], result[1]
 

@@ -179,7 +179,10 @@ def masked_index_add(call: Call) -> Results:
     mask, values = call["mask"], call["values"]
     if call["self"].rows is not FREE:
         raise RefusePadding("writes to rows by numbers")
-    meet(mask, values)
+    place = _place_in_selection(call["self"], _by_dim(call["indices"]))
+    for one in (mask, values):
+        one.check_place(place)
+    mask, values = _divided_alike(call, [mask, values, *_by_dim(call["indices"]).values()])[:2]
     call.fill(mask if mask.rows else values, 0, "padded rows write to where real rows are")
     return FREE
 
@@ -275,18 +278,28 @@ def _padded_write_nothing(call: Call, indices: list[Operand], source: Operand | 
     They add zero, or write, once more, what the last real row writes.
     """
     otherwise = "padded rows write to where real rows are"
+    together = _divided_alike(call, [*indices, *([] if source is None else [source])])
+    indices, sources = together[: len(indices)], together[len(indices) :]
     if reduces in ("sum", "add"):
-        if source is None or source.rows is FREE:
+        if not any(one.rows for one in sources):
             raise RefusePadding(otherwise)
-        if not source.holds(Fact.ZERO):
-            call.fill(source, 0, otherwise)
+        for one in sources:
+            if not one.holds(Fact.ZERO):
+                call.fill(one, 0, otherwise)
         for index in indices:
             _inside(call, index)
     elif reduces not in (None, "amax", "amin"):
         raise RefusePadding(otherwise)
-    elif not common(*indices, source) & Fact.REPLICA:
-        for one in (*indices, *([source] if source else [])):
+    elif not common(*together) & Fact.REPLICA:
+        for one in together:
             call.fill(one, "last", otherwise)
+
+
+def _divided_alike(call: Call, operands: list[Operand]) -> list[Operand]:
+    """Divides rows alike in operands whose entries meet one by one, and refuses where they are not as many."""
+    if len({(one.rows.count, one.rows.extra) for one in operands if one.rows}) > 1:
+        raise RefusePadding("rows in different places meet")
+    return call.aligned(operands)
 
 
 def _place_in_selection(operand: Operand, indices: Mapping[int, Operand]) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..call import Call, rule
+import torch
+
+from ..call import Call, is_exact, rule
 from ..lattice import FREE, Fact, Filling, Operand, RefusePadding, Results
 from ..symbolic import product
 
@@ -90,6 +92,8 @@ def histogram(call: Call) -> Results:
     operand = call.only("self")
     if call["min"] == call["max"]:
         raise RefusePadding("takes its bins from the padded rows")
+    if is_exact(operand.dtype) and (operand.dtype == torch.bool or call["max"] >= torch.iinfo(operand.dtype).max):
+        raise RefusePadding("counts the padded rows")
     call.fill(operand, "highest", "counts the padded rows")
     return FREE
 
@@ -131,7 +135,7 @@ def sort(call: Call) -> Results:
     operand = call.only("self")
     if not over_rows(call):
         return call.each(Fact.REPLICA)
-    if not operand.together:
+    if not operand.together or call["stable"] is not True:  # a real row that equals a padded one must stay before it
         raise RefusePadding("reduces or sorts over the padded rows")
     call.fill(operand, "lowest" if call["descending"] else "greatest", "reduces or sorts over the padded rows")
     return call.each(Fact.NOTHING)

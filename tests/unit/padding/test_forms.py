@@ -253,6 +253,11 @@ def test_nodes_and_edges():
         found = found.with_masks(verdict)
 
 
+def numbers(x: Tensor) -> Tensor:
+    """Of places in a table of seven, one per row, not the same in rows that are alike."""
+    return (x[:, 0].cumsum(0).abs() * 3).long() % 7
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -260,6 +265,23 @@ def test_nodes_and_edges():
         (lambda x: x.median(0).values, "over the padded rows"),
         (lambda x: torch.histc(x), "bins"),
         (lambda x: torch.zeros(7, 4).scatter_reduce(0, column(x[:, 0].long()), x, "prod"), "padded rows write"),
+        (lambda x: torch.zeros(7, 2).scatter_add(0, column(numbers(x))[:, :2], x.view(-1, 2)), "different places"),
+        (lambda x: torch.zeros(7, 4).scatter_add(0, column(numbers(x)[1:]), x), "different places"),
+        (
+            lambda x: torch.zeros(7, 4).scatter(0, column(numbers(x)), torch.cat([x.new_ones(1, 4), x])),
+            "different places",
+        ),
+        (lambda x: torch.zeros(7).index_put((column(numbers(x)).reshape(-1),), x.t().reshape(-1)), "different places"),
+        (
+            lambda x: torch.zeros(7).index_add(0, column(numbers(x)).reshape(-1), x.t().reshape(-1)),
+            "different places",
+        ),
+        (
+            lambda x: torch.ops.aten._unsafe_masked_index_put_accumulate(
+                torch.zeros(7), x.reshape(-1) > 0, [column(numbers(x)).reshape(-1)], x.t().reshape(-1)
+            ),
+            "different places",
+        ),
     ],
 )
 def test_what_stays_refused_tells_why(function, reason):
