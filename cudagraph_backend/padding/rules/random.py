@@ -14,6 +14,8 @@ def draw(call: Call) -> Results:
     (``torch/_inductor/lowering.py``: the offset of a counter-based generator is the entry's place in a contiguous
     tensor.) Other operators that draw are known by their tag, and refused.
     """
+    if call["align_dtype"] is not None:  # eager's generators, which divide entries among threads by their number
+        raise RefusePadding("draws random numbers for the rows")
     found = call.result_dim()
     if found is None or product(call.result_shape()[: found.dim]) != 1:
         raise RefusePadding("draws random numbers for the rows")
