@@ -43,8 +43,7 @@ def _masked(editor: Editor, operand: Proxy, mask: Mask) -> Proxy:
     val, rows, filling = value(operand), in_order(mask.rows), mask.filling
     size = expr(val.shape[rows.dim])
     if filling == "last":
-        index = editor.once(("index", size, rows.per, rows.extra), lambda: _kept_real(editor, size, rows))
-        return editor(aten.index.Tensor, operand, [*[None] * rows.dim, index])
+        return _last_repeated(editor, operand, rows, size)
     behind = val.ndim - 1 - rows.dim
     key = ("is real", size, rows.per, rows.blocks, rows.extra, behind)
     is_real = editor.once(key, lambda: _is_real(editor, size, rows, behind))
@@ -65,21 +64,42 @@ def _numbers_of_real_rows(editor: Editor, index: Proxy, edit: RowNumbers) -> Pro
 
 
 def _is_real(editor: Editor, size: sympy.Expr, rows: Rows, behind: int) -> Proxy:
-    """Return which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over."""
-    entry, block = editor.entries(editor.plain(size)), (size / rows.blocks).cancel().expand()
-    if rows.blocks != 1:
-        entry = aten.remainder.Scalar(entry, editor.plain(block))
-    return aten.view.default(aten.lt.Tensor(entry, editor.counted(block)), [-1] + [1] * behind)
+    """Return which entries of a dim of ``size`` are real, with ``behind`` more dims to be broadcast over.
+
+    The dim is built from blocks, rows and the entries of each, so that it can be seen which of these another dim is.
+    """
+    blocks, count, per = _parts(size, rows)
+    row = editor.entries(editor.plain(count))
+    is_real = aten.lt.Tensor(row, editor.counted(count))
+    if (blocks, per) != (1, 1):
+        parts = [editor.plain(part) for part in (blocks, count, per)]
+        is_real = aten.reshape.default(aten.expand.default(aten.view.default(is_real, [-1, 1]), parts), [-1])
+    return aten.view.default(is_real, [-1] + [1] * behind)
 
 
-def _kept_real(editor: Editor, size: sympy.Expr, rows: Rows) -> Proxy:
-    """Compute for each entry of a dim its own number, and for padded ones that of its like in the last real row."""
-    entry, end = editor.entries(editor.plain(size)), editor.counted(size)
-    if rows.per == 1:
-        return aten.minimum.default(entry, aten.sub.Tensor(end, 1))
-    per, behind = editor.plain(rows.per), aten.sub.Tensor(entry, end)
-    last = aten.sub.Tensor(aten.add.Tensor(aten.remainder.Scalar(behind, per), end), per)
-    return aten.where.self(aten.lt.Scalar(behind, 0), entry, last)
+def _last_repeated(editor: Editor, operand: Proxy, rows: Rows, size: sympy.Expr) -> Proxy:
+    """Pick the last real row in place of each padded one."""
+    _, count, per = _parts(size, rows)
+    number = editor.once(("last", count), lambda: _own_or_last(editor, count))
+    shape = [editor.plain(expr(each)) for each in value(operand).shape]
+    before, after = shape[: rows.dim], shape[rows.dim + 1 :]
+    if per != 1:
+        operand = aten.reshape.default(operand, [*before, editor.plain(count), editor.plain(per), *after])
+    picked: Proxy = editor(aten.index.Tensor, operand, [*[None] * rows.dim, number])
+    return picked if per == 1 else aten.reshape.default(picked, shape)
+
+
+def _own_or_last(editor: Editor, count: sympy.Expr) -> Proxy:
+    """Return each row's own number, and that of the last real one for padded rows."""
+    own = editor.entries(editor.plain(count))
+    return aten.minimum.default(own, aten.sub.Tensor(editor.counted(count), 1))
+
+
+def _parts(size: sympy.Expr, rows: Rows) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
+    """Return blocks, rows of a block, and entries of a row of a dim; with extra ones each entry is a row."""
+    if rows.extra != 0:
+        return sympy.S.One, size, sympy.S.One
+    return rows.blocks, (size / rows.count).cancel().expand(), rows.per  # type: ignore[return-value]
 
 
 def _in_role(user: Node, role: int) -> Node:
