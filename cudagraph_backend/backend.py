@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cudagraph_backend import torch_internals
+from cudagraph_backend.compile.joined import save_apart
 from cudagraph_backend.compile.region_compile import RegionCompile
 from cudagraph_backend.debug import ENVIRONMENT as DEBUG_ENVIRONMENT
 from cudagraph_backend.debug import Debug, debug_of
@@ -69,8 +70,9 @@ class Backend:
         debug = debug_of(os.environ.get(DEBUG_ENVIRONMENT))
         names = tuple(InputName.of(source) for source in torch_internals.input_sources(gm))
         without_graphs = _kinds_without_graphs(*torch_internals.take_graph_override(gm))
+        torch_internals.unify_factors(gm)
         frame = _FrameCompile(self, parsed, debug, names, without_graphs)
-        return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, dict(parsed.inductor))
+        return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, save_apart, dict(parsed.inductor))
 
     def configure(self, **options: Any) -> dict[str, Any]:
         """Set options that hold where a compilation does not give them; returns all that are set so."""

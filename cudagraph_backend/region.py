@@ -113,7 +113,7 @@ class TensorOutput:
     """A tensor that the region returns.
 
     ``stride`` is ``None`` where Inductor does not state it beforehand. ``argument`` is the index of an argument that is
-    handed back.
+    handed back. What is not ``visible`` is kept for the backward, out of the caller's reach.
     """
 
     dtype: torch.dtype
@@ -121,6 +121,7 @@ class TensorOutput:
     stride: tuple[sympy.Expr, ...] | None
     source: str | None
     argument: int | None = None
+    visible: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def analyse(
         sizes=sizes,
         dims=dims,
         counts=counts,
-        outputs=graph_outputs(graph, {i.index for i in inputs}),
+        outputs=graph_outputs(graph, {i.index for i in inputs}, kind),
         shapes=shapes,
         refusal=refusal,
         has_effects=effect is not None or draws_random_numbers(graph),

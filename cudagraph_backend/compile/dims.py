@@ -101,7 +101,7 @@ def _masked(
 
 
 def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], shapes: Shapes) -> Refusal | None:
-    layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols)))
+    layouts = (_located(graph, i, refusal) for i in inputs if (refusal := _refused_layout(i, symbols, shapes)))
     return (
         _refused_number(graph, symbols, inputs, shapes)
         or _refused_unstaged(graph, symbols, inputs)
@@ -128,7 +128,7 @@ def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput
     if symbols & in_sizes:
         return None
     strided = next((_located(graph, i, r) for i in inputs if (r := _refused_stride(i, symbols))), None)
-    if strided is None and all(map(shapes.is_never_negative, symbols)):
+    if strided is None and all(shapes.is_at_least(0, symbol) for symbol in symbols):
         return None
     return strided or Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
 
@@ -145,15 +145,15 @@ def _refused_stride(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
     return None
 
 
-def _refused_layout(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
+def _refused_layout(tensor: TensorInput, symbols: Symbols, shapes: Shapes) -> Refusal | None:
     """Return why staging can't put padded rows behind the real ones, as when a size is no multiple of the symbol."""
     if (refusal := _refused_stride(tensor, symbols)) is not None:
         return refusal
     if tensor.role == "static" and tensor.symbols & symbols:
         return Refusal(f"input {tensor.name} is on the device meta, and has no rows to add to")
     for size, stride in zip(tensor.size, tensor.stride, strict=True):
-        if size.free_symbols & symbols and not _is_multiple(size, symbols):
-            return Refusal(f"input {tensor.name} has size {size}, no fixed multiple of the dynamic dim")
+        if size.free_symbols & symbols and not _has_rows(size, symbols, shapes):
+            return Refusal(f"input {tensor.name} has size {size}, and not so many entries per row of the dynamic dim")
         if size.free_symbols & symbols and stride == 0 and tensor.fill != "replica":
             reason = f"is expanded along the dynamic dim, so its padded rows can't be {tensor.fill}"
             return Refusal(f"input {tensor.name} {reason}")
@@ -166,6 +166,11 @@ def _located(graph: Graph, tensor: TensorInput, refusal: Refusal) -> Refusal:
     return replace(refusal, source=first_use(placeholder))
 
 
-def _is_multiple(size: sympy.Expr, symbols: Symbols) -> bool:
+def _has_rows(size: sympy.Expr, symbols: Symbols, shapes: Shapes) -> bool:
+    """Return whether a dim has so many entries per row, or one, and then a few more or less but never none."""
     present = size.free_symbols & symbols
-    return len(present) == 1 and (size / next(iter(present))).is_Integer
+    if len(present) != 1 or size.free_symbols != present:
+        return False
+    (rows,) = present
+    more = sympy.expand(size - rows)
+    return (size / rows).is_Integer or (more.is_Integer and shapes.is_at_least(1 - int(more), rows))

@@ -10,17 +10,22 @@ import torch
 from torch.fx import Graph, Node
 
 from cudagraph_backend.graph.source import source_line
-from cudagraph_backend.region import ArgumentOutput, Output, TensorOutput
-from cudagraph_backend.torch_internals import Shapes, expr, is_jagged_size
+from cudagraph_backend.region import ArgumentOutput, Kind, Output, TensorOutput
+from cudagraph_backend.torch_internals import Shapes, expr, is_jagged_size, visible_outputs
 
 
-def graph_outputs(graph: Graph, inputs: Collection[int]) -> tuple[Output, ...]:
+def graph_outputs(graph: Graph, inputs: Collection[int], kind: Kind) -> tuple[Output, ...]:
     """Return one record per output, strides not yet known: Inductor chooses them.
 
     ``inputs`` are the indices of the arguments that the region has a record of; others are only handed back.
     """
     arguments = {node: index for index, node in enumerate(graph.find_nodes(op="placeholder"))}
-    return tuple(_output(value, arguments, inputs) for value in graph.output_node().args[0])
+    outputs = tuple(_output(value, arguments, inputs) for value in graph.output_node().args[0])
+    visible = visible_outputs(graph) if kind == "forward" else range(len(outputs))
+    return tuple(
+        replace(output, visible=False) if isinstance(output, TensorOutput) and index not in visible else output
+        for index, output in enumerate(outputs)
+    )
 
 
 def _output(value: Node | int | None, arguments: Mapping[Node, int], inputs: Collection[int]) -> Output:

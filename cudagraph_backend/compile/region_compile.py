@@ -20,6 +20,7 @@ from cudagraph_backend.compile.cut import Part, Split, split
 from cudagraph_backend.compile.graph_log import log_split, logged_change
 from cudagraph_backend.compile.inputs import size_inputs
 from cudagraph_backend.compile.levels import CannotSplit
+from cudagraph_backend.compile.joined import take_apart
 from cudagraph_backend.compile.scalars import move_scalars, moving
 from cudagraph_backend.debug import Debug
 from cudagraph_backend.drivers.platforms import driver_refusal
@@ -88,17 +89,27 @@ class RegionCompile:
     def _compile_to_capture(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         torch_internals.trace_missing_values(gm.graph)
         device = main_device(gm.graph)
-        with self._logged("moving scalars", gm):
-            moved = move_scalars(gm.graph, device) if self._refused_device(device) is None else frozenset()
-        if not moved:
+        if self._refused_device(device) is not None:
             return self._compile(gm, example_inputs)
+        with self._logged("moving scalars", gm):
+            moved = move_scalars(gm.graph, device)
+        with self._logged("taking joined dims apart", gm):
+            joined = take_apart(gm, example_inputs) if self.options.pad != "off" else None
+        if not moved and not joined:
+            return self._compile(gm, example_inputs)
+        changed = moved | (joined.arguments.keys() if joined else frozenset())
         inputs = gm.graph.find_nodes(op="placeholder")
-        examples = [inputs[i].meta["val"] if i in moved else example for i, example in enumerate(example_inputs)]
+        examples = [inputs[i].meta["val"] if i in changed else example for i, example in enumerate(example_inputs)]
         static = frozenset(self.static) - moved
         indices = [i for i in self.inductor.get("static_input_idxs") or () if i not in moved]
         inductor = {**self.inductor, "static_input_idxs": indices}
         call = dataclasses.replace(self, static=static, inductor=inductor)._compile(gm, examples)
-        return torch_internals.boxed(moving(call, moved, device))
+        if moved:
+            call = moving(call, moved, device)
+        if joined:
+            torch_internals.report_as_traced(joined.results)
+            call = joined.around(call)
+        return torch_internals.boxed(call)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         cuts = _Cuts(self, gm, example_inputs)

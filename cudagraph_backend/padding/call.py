@@ -191,13 +191,13 @@ class Call:
         if found is None:
             raise RefusePadding("the result of an operation on rows has no row dim")
         blocks = blocks_of(*operands)
-        if found.extra != 0 and blocks not in (None, 1):
-            raise RefusePadding("rows in different places meet")
-        per = found.count if blocks is None else whole(found.count, blocks, "rows in different places meet")
+        per, extra = (
+            each if blocks is None else whole(each, blocks, "rows in different places meet") for each in found[1:]
+        )
         facts &= common(*operands)
         if is_exact(val.dtype) and any(operand.rows and not is_exact(operand.dtype) for operand in self.operands):
             facts &= ~Fact.REPLICA  # equal up to rounding before, another number after
-        return Rows(found.dim, per, facts, blocks, found.extra)
+        return Rows(found.dim, per, facts, blocks, extra)
 
 
 def _can_be_masked(rows: Rows, filling: Filling, dtype: torch.dtype) -> bool:
@@ -209,7 +209,8 @@ def _can_be_masked(rows: Rows, filling: Filling, dtype: torch.dtype) -> bool:
         return False  # complex numbers have no order, and some floats of one byte no infinity
     if filling == "last":
         is_whole = rows.extra == 0 or (rows.per == 1 and (rows.per + rows.extra).is_positive)  # there is a last row
-        return rows.together and bool(is_whole) and not rows.per.has(HIDDEN)
+        if not is_whole:
+            return False
     blocks = sympy.S.One if rows.blocks is None else rows.blocks
     return all(size.is_polynomial() and not size.has(HIDDEN) for size in (rows.per, blocks, rows.extra))
 

@@ -47,7 +47,7 @@ class Editor(GraphAppendingTracer):
         super().__init__(graph)
         self.device = _device(graph)
         self.made: list[Node] = []
-        self._fake = fake_mode_of(graph)
+        self.fake = fake_mode_of(graph)
         self._found = _sizes_of_inputs(graph)
         self._shared: dict[Hashable, Any] = {}
         last = graph.find_nodes(op="placeholder")[-1]
@@ -55,7 +55,7 @@ class Editor(GraphAppendingTracer):
         for symbol in sorted(symbols, key=str):
             with graph.inserting_after(last):
                 last = graph.placeholder(f"rows_{symbol}_{len(graph.find_nodes(op='placeholder'))}")
-            with self._fake:
+            with self.fake:
                 last.meta["val"] = torch.empty((), dtype=torch.int64, device=self.device)
             self.counts[symbol] = Proxy(last, self)
         with graph.inserting_after(last):
@@ -65,7 +65,7 @@ class Editor(GraphAppendingTracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **options: Any) -> Node:
         """Make a node at the place where the graph is edited, with its value."""
         node = super().create_node(kind, target, args, kwargs, *names, **options)
-        with self._fake:
+        with self.fake:
             node.meta["val"] = target(*values(args), **values(kwargs))
         self.made.append(node)
         return node

@@ -51,12 +51,12 @@ class Rows:
     """Rows along a dim.
 
     Attributes:
-        dim: the dim, of size ``blocks * per * n + extra``.
+        dim: the dim, of size ``blocks * (per * n + extra)``.
         per: consecutive entries of one row.
         holds: what the padded rows hold.
         blocks: how many times real rows and then padded rows follow each other along the dim; None if all entries
             along it are equal, so that any division into rows is right.
-        extra: entries more than rows, or less (``x[:-1]``); of one block only. The first ``per * n + extra`` are real.
+        extra: entries of a block more than rows, or less (``x[:-1]``). The first ``per * n + extra`` are real.
     """
 
     dim: int
@@ -72,8 +72,13 @@ class Rows:
 
     @property
     def count(self) -> sympy.Expr:
-        """Entries along the dim per padded row: its size is ``count * n + extra``."""
+        """Entries along the dim per padded row."""
         return sympy.expand(self.per * (1 if self.blocks is None else self.blocks))
+
+    @property
+    def more(self) -> sympy.Expr:
+        """Extra entries of all blocks: the dim's size is ``count * n + more``."""
+        return sympy.expand(self.extra * (1 if self.blocks is None else self.blocks))
 
 
 #: A value without rows: the same at every padded size.
@@ -170,9 +175,10 @@ def in_blocks(rows: Rows, blocks: sympy.Expr | None) -> Rows:
     """Return ``rows`` divided as other operands are: possible if all its entries are equal."""
     if rows.blocks is not None or blocks is None:
         return rows
-    if rows.extra != 0 and blocks != 1:
+    if not (rows.more / blocks).is_integer:
         raise RefusePadding("rows in different places meet")
-    return Rows(rows.dim, sympy.expand(rows.count / blocks), rows.holds, blocks, rows.extra)
+    per, extra = sympy.expand(rows.count / blocks), sympy.expand(rows.more / blocks)
+    return Rows(rows.dim, per, rows.holds, blocks, extra)
 
 
 def blocks_of(*operands: Operand | None) -> sympy.Expr | None:

@@ -79,14 +79,15 @@ def _is_real(editor: Editor, size: sympy.Expr, rows: Rows, behind: int) -> Proxy
 
 def _last_repeated(editor: Editor, operand: Proxy, rows: Rows, size: sympy.Expr) -> Proxy:
     """Pick the last real row in place of each padded one."""
-    _, count, per = _parts(size, rows)
+    blocks, count, per = _parts(size, rows)
     number = editor.once(("last", count), lambda: _own_or_last(editor, count))
     shape = [editor.plain(expr(each)) for each in value(operand).shape]
     before, after = shape[: rows.dim], shape[rows.dim + 1 :]
-    if per != 1:
-        operand = aten.reshape.default(operand, [*before, editor.plain(count), editor.plain(per), *after])
-    picked: Proxy = editor(aten.index.Tensor, operand, [*[None] * rows.dim, number])
-    return picked if per == 1 else aten.reshape.default(picked, shape)
+    parts = [editor.plain(part) for part in (blocks, count, per)]
+    apart = operand if (blocks, per) == (1, 1) else aten.reshape.default(operand, [*before, *parts, *after])
+    dim = rows.dim if apart is operand else rows.dim + 1
+    picked: Proxy = editor(aten.index.Tensor, apart, [*[None] * dim, number])
+    return picked if apart is operand else aten.reshape.default(picked, shape)
 
 
 def _own_or_last(editor: Editor, count: sympy.Expr) -> Proxy:
@@ -97,9 +98,8 @@ def _own_or_last(editor: Editor, count: sympy.Expr) -> Proxy:
 
 def _parts(size: sympy.Expr, rows: Rows) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
     """Return blocks, rows of a block, and entries of a row of a dim; with extra ones each entry is a row."""
-    if rows.extra != 0:
-        return sympy.S.One, size, sympy.S.One
-    return rows.blocks, (size / rows.count).cancel().expand(), rows.per  # type: ignore[return-value]
+    per = rows.per if rows.extra == 0 else sympy.S.One
+    return rows.blocks, (size / rows.blocks / per).cancel().expand(), per  # type: ignore[return-value, operator]
 
 
 def _in_role(user: Node, role: int) -> Node:

@@ -43,11 +43,11 @@ class Sizes:
 
 
 class RowDim(NamedTuple):
-    """A dim of size ``count * n + extra``."""
+    """A dim of size ``count * n + more``."""
 
     dim: int
     count: sympy.Expr
-    extra: sympy.Expr
+    more: sympy.Expr
 
 
 def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
@@ -64,12 +64,12 @@ def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
 
 @lru_cache(maxsize=4096)
 def _affine(size: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """Return ``count`` and ``extra`` of a size ``count * n + extra``; ``None`` for others: ``n**2``, ``floor(n/2)``."""
+    """Return ``count`` and ``more`` of a size ``count * n + more``; ``None`` for others: ``n**2``, ``floor(n/2)``."""
     if not size.is_polynomial(ROWS):
         return None
-    extra = size.xreplace({ROWS: sympy.S.Zero})
-    count = _quotient(sympy.expand(size - extra), ROWS)
-    return (count, extra) if count.is_integer and not count.has(ROWS) else None
+    more = size.xreplace({ROWS: sympy.S.Zero})
+    count = _quotient(sympy.expand(size - more), ROWS)
+    return (count, more) if count.is_integer and not count.has(ROWS) else None
 
 
 def hide(shape: Sequence[sympy.Expr], dims: Container[int]) -> tuple[sympy.Expr, ...]:

@@ -143,7 +143,7 @@ class Walk:
         except RefusePadding as refused:
             raise RefusePadding(f"input {node.name}: {refused.reason}") from None
         holds = self.holds.get(str(node.target), Fact.NOTHING)
-        return tuple(Rows(dim, per, holds, extra=extra) for dim, per, extra in found)
+        return tuple(Rows(dim, per, holds, extra=more) for dim, per, more in found)
 
     def _item(self, node: Node) -> Found:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
@@ -338,7 +338,7 @@ class Walk:
                 raise RefusePadding("a number computed from tensors changes with the padded size")
             return ()
         shape = self.sizes.shape(val)
-        claimed = tuple((rows.dim, rows.count, rows.extra) for rows in value) if isinstance(value, tuple) else None
+        claimed = tuple((rows.dim, rows.count, rows.more) for rows in value) if isinstance(value, tuple) else None
         if row_dims(shape) != claimed:
             raise RefusePadding(f"the result's shape changes with the padded size: {shape_text(shape)}")
         return value

@@ -67,7 +67,7 @@ class FirstCalls:
     def _lay_out(self, plan: Plan, layout: Layout) -> Refusal | None:
         region = self._state.region
         plan.layout = layout_at(region, layout, region.values(plan.sizes))
-        refusal = apart_refusal(plan.layout)
+        refusal = apart_refusal(region, plan.layout)
         if refusal is not None:
             self._state.planner.refuse(plan.sizes, refusal)
         return refusal

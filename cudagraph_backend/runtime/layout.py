@@ -217,9 +217,14 @@ def _real_rows(
     return replace(entry, view=replace(bucket, size=size, stride=bucket.stride if stride is None else stride))
 
 
-def apart_refusal(layout: Layout) -> Refusal | None:
-    """Return a refusal if outputs that share memory would each be copied compactly, and not share it any more."""
-    pooled = [entry.range for entry in layout.entries if isinstance(entry, (Pooled, Compacted))]
+def apart_refusal(region: Region, layout: Layout) -> Refusal | None:
+    """Return a refusal if outputs that share memory would each be copied compactly, and not share it any more.
+
+    What the backward alone reads may be a copy.
+    """
+    outputs = zip(region.outputs, layout.entries, strict=True)
+    visible = [entry for known, entry in outputs if not isinstance(known, TensorOutput) or known.visible]
+    pooled = [entry.range for entry in visible if isinstance(entry, (Pooled, Compacted))]
     compacted = {entry.range for entry in layout.entries if isinstance(entry, Compacted)}
     if any(pooled.count(index) > 1 for index in compacted):
         return Refusal("outputs that share memory have padded rows between their real ones")

@@ -217,23 +217,24 @@ class Planner:
         return any(overlaps_itself(*shape_at(t, values)) for t in self.region.staged if t.symbols & dim.symbols)
 
     def _reading(self, tensor: TensorInput, values: Values, padded: Values) -> Reading:
-        size = shape_at(tensor, values)[0]
         provided = extent(*shape_at(tensor, self.largest(padded))) * tensor.dtype.itemsize
         return Reading(
             tensor.index,
             tensor.dtype,
             real=shape_at(tensor, values),
             shape=shape_at(tensor, padded),
-            row_entries=tuple(self._row_entries(e, n, values) for e, n in zip(tensor.size, size, strict=True)),
+            row_entries=tuple(self._row_entries(size, values) for size in tensor.size),
             fill=self._fill(tensor),
             provided=provided if provided <= _PROVIDED_AT_ONCE else 0,
             is_fixed=not tensor.symbols,
         )
 
-    def _row_entries(self, expression: Any, length: int, values: Values) -> int:
-        """Count the entries per row of a dim whose size is ``expression``: 2 for ``2*s``."""
-        rows = next((values[s] for s in expression.free_symbols if any(s in d.symbols for d in self._padded_dims())), 1)
-        return max(length // max(rows, 1), 1)
+    def _row_entries(self, size: sympy.Expr, values: Values) -> int:
+        """Count the entries per row of a dim: 2 for a size ``2*s``."""
+        padded = next((s for s in size.free_symbols if any(s in dim.symbols for dim in self._padded_dims())), None)
+        if padded is None:
+            return 1
+        return evaluate(size, {**values, padded: values[padded] + 1}) - evaluate(size, values)
 
     def _fill(self, tensor: TensorInput) -> Fill:
         irrelevant = not any(d.needs_fill for d in self._padded_dims() if d.symbols & tensor.symbols)

@@ -95,6 +95,7 @@ from cudagraph_backend.torch_internals.shapes import (
     is_jagged_size,
     symbols_of,
     tensor_of_sizes,
+    unify_factors,
 )
 from cudagraph_backend.torch_internals.stock_trees import current_step, forget_marked_steps, stock_graph_count
 from cudagraph_backend.torch_internals.storages import (
@@ -118,6 +119,7 @@ from cudagraph_backend.torch_internals.tracing import (
     forget_output_strides,
     mark_visible,
     module_of,
+    report_as_traced,
     report_output_strides,
     retrace_strides,
     visible_outputs,
@@ -189,6 +191,7 @@ __all__ = [
     "outside_inference_mode",
     "raw_stream",
     "register_generator",
+    "report_as_traced",
     "report_output_strides",
     "retrace_strides",
     "returns_view",
@@ -203,6 +206,7 @@ __all__ = [
     "tensors_in",
     "trace_missing_values",
     "unbound_sizes",
+    "unify_factors",
     "uncapturable_reason",
     "visible_outputs",
     "with_allocator",

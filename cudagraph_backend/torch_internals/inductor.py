@@ -11,24 +11,54 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from cudagraph_backend.torch_internals.storages import outside_inference_mode
 
 InnerCompile = Callable[..., Callable[..., Any]]
 
+#: Changes a forward and its backward, which agree on what is saved.
+AfterPartition = Callable[[torch.fx.GraphModule, torch.fx.GraphModule], None]
+
 
 def compile_regions(
-    gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: InnerCompile, patches: dict[str, Any]
+    gm: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    inner: InnerCompile,
+    after_partition: AfterPartition,
+    patches: dict[str, Any],
 ) -> Any:
     """Run stock Inductor's whole pipeline on a Dynamo graph, calling ``inner`` once per AOT region.
+
+    In training ``after_partition`` gets the graphs of both regions before either is compiled.
 
     A warm AOTAutogradCache would return stock-compiled code without ever calling ``inner``; it is switched off. The
     FX graph cache below it, which holds the expensive part, still works. Stock's own CUDA graphs are switched off.
     """
-    patches = {**patches, "triton.cudagraphs": False}
+    given = patches.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+    partitioner = _Partitioner(given or min_cut_rematerialization_partition, after_partition)
+    patches = {**patches, "triton.cudagraphs": False, "custom_partitioner_fn": partitioner}
     with functorch_config.patch(enable_autograd_cache=False, bundled_autograd_cache=False):
         return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)  # type: ignore[arg-type]
+
+
+class _Partitioner(CustomPartitionerFn):
+    """Partitions as ``partition`` does, and lets ``after`` change the two graphs."""
+
+    def __init__(self, partition: Callable[..., Any], after: AfterPartition):
+        self._partition, self._after = partition, after
+
+    def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        forward, backward = self._partition(gm, joint_inputs, **kwargs)
+        self._after(forward, backward)
+        return forward, backward
+
+    def uuid(self) -> Any:
+        """Return what tells the cache of compiled graphs partitioners apart: that graph is its key, too."""
+        uuid = getattr(self._partition, "uuid", None)
+        return "sharedgraph", uuid() if uuid is not None else None
 
 
 def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -54,10 +54,10 @@ class Shapes:
         upper = None if known is None else known.upper
         return int(upper) if isinstance(upper, sympy.Integer) and int(upper) < 2**31 else None
 
-    def is_never_negative(self, symbol: sympy.Symbol) -> bool:
-        """Return whether guards hold that ``symbol`` is no negative number, as they do where it is a size."""
+    def is_at_least(self, lower: int, symbol: sympy.Symbol) -> bool:
+        """Return whether guards hold that ``symbol`` is no smaller than ``lower``; than 0 where it is a size."""
         known = self._env.var_to_range.get(symbol)  # type: ignore[union-attr]
-        return known is not None and bool(known.lower >= 0)
+        return known is not None and bool(known.lower >= lower)
 
     def admits(self, sizes: Sequence[int]) -> bool:
         """Return whether the compiled region is valid for these values of its SymInt inputs, in their order.
@@ -127,6 +127,33 @@ class _OnTensors(TensorReferenceAnalysis):
         return torch.ops.aten.remainder.Tensor(a, b)
 
     python_mod = mod
+
+
+def unify_factors(gm: torch.fx.GraphModule) -> None:
+    """Let sizes be one size whose products are guarded to be equal, as those of ``[B*S, V]`` logits and ``[B*S]`` labels.
+
+    A product tells nothing of its factors, and they need not be equal. Where they are, one by one, in the call that is
+    compiled, a guard says so from now on: other calls are compiled for themselves.
+    """
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided]
+    numbers = [*values, *(size for tensor in tensors for size in tensor.shape)]
+    sizes = {expr(n): n for n in numbers if isinstance(n, torch.SymInt) and expr(n).is_Symbol}
+    if not sizes:
+        return
+    env = next(iter(sizes.values())).node.shape_env
+    for guard in [guard.expr for guard in env.guards if isinstance(guard.expr, sympy.Eq)]:
+        left, right = (_factors(env.replace(side), sizes) for side in guard.args)
+        for one in left if len(left) == len(right) > 1 else ():
+            other = next((each for each in right if sizes[each].node.hint == sizes[one].node.hint), None)
+            if other is not None:
+                right.remove(other)
+                bool(sizes[one] == sizes[other])
+
+
+def _factors(side: sympy.Expr, sizes: Mapping[sympy.Symbol, Any]) -> list[sympy.Symbol]:
+    """Return the sizes of which ``side`` consists, in the order in which they are read."""
+    return [symbol for symbol in sizes if symbol in side.free_symbols]
 
 
 def tensor_of_sizes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,14 @@ def report_output_strides(strides: Sequence[Any]) -> None:
     context = TracingContext.try_get()
     if context is not None and context.output_strides is not None:
         context.output_strides.extend(strides)
+
+
+def report_as_traced(outputs: Collection[int]) -> None:
+    """Tell AOTAutograd that these outputs of a region have the strides that they were traced with."""
+    context = TracingContext.try_get()
+    reported = context.output_strides if context is not None else None
+    for index in outputs if reported else ():
+        reported[index] = None
 
 
 def forget_output_strides() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from ..call import Call, one_line, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, meet
+from ..call import Call, rule
+from ..lattice import FREE, Fact, Filling, Operand, RefusePadding, Results, Rows, meet
 from ..symbolic import HIDDEN, ROWS
 
 _SEQUENCE = -2
-_LETTERS = {"query": "bhle", "key": "bhse", "value": "bhse", "attn_mask": "bhls", "attn_bias": "bhls"}
+_BY_KEY = {"key": "bhse", "value": "bhse", "attn_mask": "bhls", "attn_bias": "bhls"}
+_BY_QUERY = ("query", "out", "logsumexp", "grad_out", "grad_out_")
+_OTHERWISE = "attends over the padded rows"
 
 
 def _letter(call: Call, name: str, operand: Operand, rows: Rows) -> str:
     """Names a row dim: batch, heads, queries (l), keys (s), features (e)."""
-    return _LETTERS.get(name, "bhle")[rows.dim - len(operand.shape)]
+    place = rows.dim if name == "logsumexp" else rows.dim - len(operand.shape)
+    return _BY_KEY.get(name, "bhle")[place]
 
 
 @rule(
@@ -30,12 +33,12 @@ def attention(call: Call) -> Results:
     if call["dropout_p"]:
         raise RefusePadding("draws random numbers for the rows")
     if call["is_causal"] and not _as_many(query, key):
-        raise RefusePadding("attends over the padded rows")
+        raise RefusePadding(_OTHERWISE)
     if query.rows is FREE and key.place == value.place == _SEQUENCE:
         return _over_keys(call, key, value, mask)
     together = {query.place, key.place, value.place}
     if together not in ({-4}, {-3}, {_SEQUENCE, None}) or query.rows is FREE:
-        raise RefusePadding("attends over the padded rows")
+        raise RefusePadding(_OTHERWISE)
     meet(query, mask)
     return call.each(Fact.REPLICA if together != {_SEQUENCE, None} or not call["is_causal"] else Fact.NOTHING)
 
@@ -43,18 +46,20 @@ def attention(call: Call) -> Results:
 def _over_keys(call: Call, key: Operand, value: Operand, mask: Operand | None) -> Results:
     """Makes sure that padded keys weigh nothing: by the mask, or as they come after every real query.
 
-    Kernels multiply keys and values that weigh nothing by zero, so these must not be NaN or infinite.
+    Kernels multiply keys and values that weigh nothing by zero, so these must not be NaN or infinite. In a backward
+    padded queries, which repeat the last one, may attend to them: no more than to the last key, if they repeat that.
     """
-    otherwise = "attends over the padded rows"
     after_all_queries = call["is_causal"] and mask is None and key.rows is not FREE and key.rows.together
     if not after_all_queries and (mask is None or mask.rows is FREE):
-        raise RefusePadding(otherwise)
+        raise RefusePadding(_OTHERWISE)
     key, value, *masks = call.aligned([key, value, *([mask] if mask and mask.rows else [])])
     for one in masks:
-        call.fill(one, "lowest", otherwise)
+        call.fill(one, "lowest", _OTHERWISE)
+    is_backward = call["logsumexp"] is not None
     for one in (key, value):
-        if not one.holds(Fact.REPLICA) and not one.holds(Fact.ZERO):
-            call.fill(one, 0, "zero weights meet padded rows that may not be finite")
+        if not one.holds(Fact.REPLICA) and (is_backward or not one.holds(Fact.ZERO)):
+            filling: Filling = "last" if is_backward else 0
+            call.fill(one, filling, "zero weights meet padded rows that may not be finite")
     return FREE
 
 
@@ -69,18 +74,49 @@ def _as_many(query: Operand, key: Operand) -> bool:
     "aten::_scaled_dot_product_flash_attention_backward",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     "aten::_scaled_dot_product_fused_attention_overrideable_backward",
-    line=one_line,
+    sizes=("max_q", "max_k"),
+    line=_letter,
 )
 def attention_backward(call: Call) -> Results:
-    """Allows rows along the batch; a bias that all rows share would get a sum over them."""
-    bias: Operand | None = call["attn_bias"]
-    per_row = ("query", "key", "value", "out", "logsumexp", "grad_out", "grad_out_")
-    if call["dropout_p"] or any(call[name] is not None and call[name].row_dim != 0 for name in per_row):
-        raise RefusePadding("attends over the padded rows")
-    mask = call["attn_mask"] or bias
-    if mask:
-        mask.check_place(-4)
+    """Allows rows as :func:`attention` does; a bias that all rows share would get a sum over them."""
+    mask: Operand | None = call["attn_mask"] or call["attn_bias"]
     wanted = call["grad_input_mask"]
-    if bias and bias.rows is FREE and wanted and wanted[3]:
+    if call["dropout_p"]:
+        raise RefusePadding("draws random numbers for the rows")
+    if call["is_causal"] and not _as_many(call["query"], call["key"]):
+        raise RefusePadding(_OTHERWISE)
+    by_query = [call[name] for name in _BY_QUERY if call[name] is not None]
+    key, value = call["key"], call["value"]
+    letters = {_letter(call, name, one, one.rows) for name, one in call.arguments.items() if _has_rows(one)}
+    if call["attn_bias"] and call["attn_bias"].rows is FREE and wanted and wanted[3]:
         raise RefusePadding("sums over the padded rows")
+    if letters == {"l"} and key.rows is value.rows is FREE and all(one.rows for one in by_query):
+        return _gradients_by_query(call, by_query, mask)
+    if letters == {"s"} and key.rows and value.rows and not any(one.rows for one in by_query):
+        _over_keys(call, key, value, mask)
+        _, *of_keys = call.each(Fact.NOTHING)
+        return (None, *of_keys)
+    if letters not in ({"b"}, {"h"}) or any(one.rows is FREE for one in (*by_query, key, value)):
+        raise RefusePadding(_OTHERWISE)
+    if mask:
+        mask.check_place({"b": -4, "h": -3}[letters.pop()])
     return call.each(Fact.REPLICA)
+
+
+def _gradients_by_query(call: Call, by_query: list[Operand], mask: Operand | None) -> Results:
+    """Makes sure that padded queries add nothing to the gradients of keys and values.
+
+    Their own gradients are zero; what these are multiplied by is finite, as they are the last query once more, with its
+    weights.
+    """
+    *repeated, gradient = call.aligned([*([mask] if mask and mask.rows else []), *by_query])
+    call.fill(gradient, 0, _OTHERWISE)
+    for operand in repeated:
+        if not operand.holds(Fact.REPLICA):
+            call.fill(operand, "last", _OTHERWISE)
+    of_queries, _, _, *of_mask = call.each(Fact.NOTHING)
+    return (of_queries, None, None, *of_mask)
+
+
+def _has_rows(argument: object) -> bool:
+    return isinstance(argument, Operand) and argument.rows is not FREE

@@ -72,7 +72,7 @@ def _counted(call: Call) -> Results:
 
 def _made(call: Call, facts: Fact) -> Rows:
     rows = call.keep(Fact.NOTHING)
-    return Rows(rows.dim, rows.count, facts, blocks=None, extra=rows.extra)
+    return Rows(rows.dim, rows.count, facts, blocks=None, extra=rows.more)
 
 
 def _is_zero(value: object) -> bool:

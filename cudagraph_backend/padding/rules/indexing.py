@@ -297,7 +297,7 @@ def _padded_write_nothing(call: Call, indices: list[Operand], source: Operand | 
 
 def _divided_alike(call: Call, operands: list[Operand]) -> list[Operand]:
     """Divides rows alike in operands whose entries meet one by one, and refuses where they are not as many."""
-    if len({(one.rows.count, one.rows.extra) for one in operands if one.rows}) > 1:
+    if len({(one.rows.count, one.rows.more) for one in operands if one.rows}) > 1:
         raise RefusePadding("rows in different places meet")
     return call.aligned(operands)
 
@@ -354,6 +354,6 @@ def _same_rows(operand: Operand, other: Operand) -> None:
         dim = (operand.row_dim or 0) if other.row_dim is None else other.row_dim
         link = operand.shape[dim].free_symbols | other.shape[dim].free_symbols
         raise RefusePadding("rows meet a dim of another size", link)
-    mine, others = ((rows.dim, rows.count, rows.extra) for rows in (operand.rows, other.rows))
+    mine, others = ((rows.dim, rows.count, rows.more) for rows in (operand.rows, other.rows))
     if mine != others:
         raise RefusePadding("rows along different dims meet")

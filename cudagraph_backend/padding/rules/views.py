@@ -61,16 +61,14 @@ def _reshaped(operand: Operand, shape: Sequence[sympy.Expr], after: RowDim | Non
     if rows is FREE or after is None:
         raise RefusePadding(mixes)
     dim, before = after.dim, product(operand.shape[: rows.dim])
-    if rows.extra != 0:
-        if (rows.count, rows.extra) != after[1:] or before != product(shape[:dim]):
-            raise RefusePadding(mixes)
-        return replace(rows, dim=dim)
-    chunk = product((rows.per, *operand.shape[rows.dim + 1 :]))
+    within, within_after = product(operand.shape[rows.dim + 1 :]), product(shape[dim + 1 :])
+    blocks = product((before, rows.blocks)) if rows.blocks is not None else product((before, rows.count)) / rows.per
     return Rows(
         dim,
-        per=whole(chunk, product(shape[dim + 1 :]), mixes),
+        per=whole(product((rows.per, within)), within_after, mixes),
         holds=rows.holds,
-        blocks=whole(sympy.expand(before * rows.count / rows.per), product(shape[:dim]), mixes),
+        blocks=whole(blocks, product(shape[:dim]), mixes),
+        extra=whole(product((rows.extra, within)), within_after, mixes),
     )
 
 
@@ -117,8 +115,8 @@ def cut(call: Call) -> Results:
         return FREE  # the shape is fixed, so the guards say that there are at least ``end`` real entries
     if left is None or step != 1:
         raise RefusePadding("cuts the rows at a place that is not fixed")
-    if rows.together and _is_count(start) and (start != 0 or left.extra != 0 or rows.extra != 0):
-        return Rows(rows.dim, left.count, extra=left.extra)  # what is left at the exact size comes from real rows
+    if rows.together and _is_count(start) and (start != 0 or left.more != 0 or rows.extra != 0):
+        return Rows(rows.dim, left.count, extra=left.more)  # what is left at the exact size comes from real rows
     if rows.extra != 0:
         raise RefusePadding("cuts the rows at a place that is not fixed")
     return _blocks(rows, start, left.count)

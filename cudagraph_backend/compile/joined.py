@@ -1,0 +1,207 @@
+"""Joined dims, as in ``[batch * length, features]``: taken apart where a graph begins and ends.
+
+With the length padded, padded rows lie between real ones there, and no strides lead over them. ``[batch, length,
+features]`` holds the same entries, and its real ones are a view. So what a forward saves for its backward is handed on
+taken apart, and so are arguments and results of a region: arguments are viewed so before a call, results are joined
+after it, which copies where rows are padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+
+from cudagraph_backend.compile.inputs import size_inputs
+from cudagraph_backend.padding.editor import Editor, value
+from cudagraph_backend.padding.lattice import RefusePadding
+from cudagraph_backend.region import SizeInput
+from cudagraph_backend.torch_internals import dispatch_to_proxies, expr, mark_visible, visible_outputs
+
+aten = torch.ops.aten
+
+#: The dims that a joined dim is made of, by its size.
+Parts: TypeAlias = "dict[sympy.Expr, tuple[sympy.Expr, ...]]"
+
+
+def save_apart(forward: GraphModule, backward: GraphModule) -> None:
+    """Let ``forward`` hand to ``backward`` what it saves with its joined dims taken apart."""
+    parts = parts_of([forward.graph, backward.graph])
+    output = forward.graph.output_node()
+    read = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    results = list(output.args[0])  # type: ignore[arg-type]
+    for i, node in enumerate(results):
+        reader = read.get(node.name) if isinstance(node, Node) and node.op == "call_function" else None
+        shape = _apart(node, parts) if reader is not None else None
+        if shape is None or reader is None or _shape(reader) != _shape(node):
+            continue
+        made = _viewed(forward.graph, node, shape, before=output)
+        if made is not None and _take_argument_apart(backward.graph, reader, made.meta["val"]):
+            results[i] = made
+    output.args = (type(output.args[0])(results),)  # type: ignore[operator, assignment]
+    forward.recompile()
+    backward.recompile()
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The arguments and results of a region that its graph has taken apart.
+
+    Attributes:
+        arguments: their shapes in the graph, by index.
+        results: the first and the last of the dims that are joined, one pair after the other, by index.
+        sizes: where the sizes are read, by symbol.
+    """
+
+    arguments: Mapping[int, tuple[sympy.Expr, ...]]
+    results: Mapping[int, tuple[tuple[int, int], ...]]
+    sizes: Mapping[sympy.Symbol, SizeInput]
+
+    def __bool__(self) -> bool:
+        return bool(self.arguments or self.results)
+
+    def around(self, call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
+        """Return a call that takes and returns what is joined."""
+        symbols = sorted(self.sizes, key=str)
+        shapes = {index: sympy.lambdify(symbols, shape, modules="math") for index, shape in self.arguments.items()}
+        reads = [self.sizes[symbol] for symbol in symbols]
+
+        def call_apart(args: list[Any]) -> Sequence[Any]:
+            sizes = [read.read(args) for read in reads]
+            for index, shape in shapes.items():
+                args[index] = args[index].view(shape(*sizes))
+            results = list(call(args))
+            for index, dims in self.results.items():
+                for first, last in dims:
+                    results[index] = results[index].flatten(first, last)
+            return results
+
+        return call_apart
+
+
+def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
+    """Take joined dims of arguments and results apart in the graph of ``module``."""
+    graph, parts = module.graph, parts_of([module.graph])
+    inputs = graph.find_nodes(op="placeholder")
+    found = {size.size: size for size in size_inputs(example_inputs) if isinstance(size.size, sympy.Symbol)}
+    arguments, results = {}, {}
+    written = {node.args[0] for node in graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    output = graph.output_node()
+    handed_out = [*output.args[0]]  # type: ignore[arg-type]
+    for index, node in enumerate(inputs):
+        shape = _apart(node, parts) if node not in written and node not in handed_out else None
+        if shape is None or any(size.free_symbols - found.keys() for size in shape):
+            continue
+        with_parts = _fake_view(graph, node, shape)
+        if with_parts is not None and _take_argument_apart(graph, node, with_parts):
+            arguments[index] = shape
+    for index, node in enumerate(handed_out):
+        shape = _apart(node, parts) if isinstance(node, Node) and node.op == "call_function" else None
+        if shape is None or handed_out.count(node) > 1 or not node.meta["val"].is_contiguous():
+            continue
+        made = _viewed(graph, node, shape, before=output)
+        if made is not None:
+            handed_out[index] = made
+            results[index] = _joined_dims(_shape(node), parts)
+    output.args = (type(output.args[0])(handed_out),)  # type: ignore[operator, assignment]
+    if results:
+        mark_visible(graph, sorted({*visible_outputs(graph), *results}))
+    module.recompile()
+    return Joined(arguments, results, found)
+
+
+def parts_of(graphs: Iterable[Graph]) -> Parts:
+    """Return what the graphs show of joined dims: dims that lie side by side in a tensor, by the product of sizes."""
+    parts: Parts = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            shape = _shape(node)
+            if sum(bool(size.free_symbols) for size in shape) < 2:
+                continue
+            for first, last in combinations(range(len(shape) + 1), 2):
+                run = shape[first:last]
+                if all(len(size.free_symbols) <= 1 for size in run) and len(_dynamic(run)) > 1:
+                    parts.setdefault(sympy.expand(sympy.Mul(*run)), run)
+    return parts
+
+
+def _dynamic(sizes: Sequence[sympy.Expr]) -> list[sympy.Expr]:
+    return [size for size in sizes if size.free_symbols]
+
+
+def _shape(node: Node) -> tuple[sympy.Expr, ...]:
+    val = node.meta.get("val")
+    return tuple(sympy.expand(expr(size)) for size in val.shape) if isinstance(val, torch.Tensor) else ()
+
+
+def _apart(node: Any, parts: Parts) -> tuple[sympy.Expr, ...] | None:
+    """Return the shape of a tensor with its joined dims taken apart; ``None`` if it has none."""
+    val = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or val.layout != torch.strided:
+        return None
+    shape = _shape(node)
+    apart = tuple(part for size in shape for part in _parts(size, parts))
+    return apart if len(apart) > len(shape) else None
+
+
+def _parts(size: sympy.Expr, parts: Parts) -> tuple[sympy.Expr, ...]:
+    return parts.get(size, (size,)) if len(size.free_symbols) > 1 else (size,)
+
+
+def _joined_dims(shape: Sequence[sympy.Expr], parts: Parts) -> tuple[tuple[int, int], ...]:
+    """Return which dims to join, one joined dim after the other, as they are numbered by then."""
+    widths = [len(_parts(size, parts)) for size in shape]
+    return tuple((dim, dim + width - 1) for dim, width in enumerate(widths) if width > 1)
+
+
+def _viewed(graph: Graph, node: Node, shape: Sequence[sympy.Expr], before: Node) -> Node | None:
+    editor = Editor(graph, frozenset())
+    try:
+        with dispatch_to_proxies(), editor.before(before):
+            made: Proxy = editor(aten.view.default, Proxy(node, editor), [editor.plain(size) for size in shape])
+    except (RefusePadding, RuntimeError, ValueError):  # a size is not known here, or no view has this shape
+        return None
+    finally:
+        editor.finish()
+    return made.node
+
+
+def _fake_view(graph: Graph, node: Node, shape: Sequence[sympy.Expr]) -> Any:
+    """Return what a graph would know of ``node`` in another shape."""
+    editor = Editor(graph, frozenset())
+    try:
+        with dispatch_to_proxies(), editor.before(next(iter(node.users), graph.output_node())):
+            sizes = [value(size) if isinstance(size, Proxy) else size for size in map(editor.plain, shape)]
+            with editor.fake:
+                return node.meta["val"].view(sizes)
+    except (RefusePadding, RuntimeError, ValueError):
+        return None
+    finally:
+        editor.finish()
+
+
+def _take_argument_apart(graph: Graph, node: Node, apart: torch.Tensor) -> bool:
+    """Let an input of ``graph`` have the shape of ``apart``; what reads it gets it joined."""
+    joined, users = node.meta["val"], list(node.users)
+    shape = _shape(node)
+    node.meta["val"] = apart
+    made = _viewed(graph, node, shape, before=_next(node))
+    if made is None:
+        node.meta["val"] = joined
+        return False
+    for user in users:
+        user.replace_input_with(node, made)
+    node.meta.pop("tensor_meta", None)
+    return True
+
+
+def _next(node: Node) -> Node:
+    """Return the first node behind the inputs."""
+    while node.op == "placeholder":
+        node = node.next
+    return node
