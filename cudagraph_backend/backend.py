@@ -72,7 +72,9 @@ class Backend:
         without_graphs = _kinds_without_graphs(*torch_internals.take_graph_override(gm))
         torch_internals.unify_factors(gm)
         frame = _FrameCompile(self, parsed, debug, names, without_graphs)
-        return torch_internals.compile_regions(gm, example_inputs, frame.compile_region, save_apart, dict(parsed.inductor))
+        return torch_internals.compile_regions(
+            gm, example_inputs, frame.compile_region, save_apart, dict(parsed.inductor)
+        )
 
     def configure(self, **options: Any) -> dict[str, Any]:
         """Set options that hold where a compilation does not give them; returns all that are set so."""

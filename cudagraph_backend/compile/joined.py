@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from cudagraph_backend.compile.inputs import size_inputs
+from cudagraph_backend.padding.alignment import ROUNDED_TO, is_rounded
 from cudagraph_backend.padding.editor import Editor, value
 from cudagraph_backend.padding.lattice import RefusePadding
 from cudagraph_backend.region import SizeInput
@@ -29,20 +30,23 @@ aten = torch.ops.aten
 Parts: TypeAlias = "dict[sympy.Expr, tuple[sympy.Expr, ...]]"
 
 
-def save_apart(forward: GraphModule, backward: GraphModule) -> None:
-    """Let ``forward`` hand to ``backward`` what it saves with its joined dims taken apart."""
+def save_apart(forward: GraphModule, backward: GraphModule, returned: int) -> None:
+    """Let ``forward`` hand to ``backward`` what it saves, behind what is ``returned``, with joined dims taken apart."""
     parts = parts_of([forward.graph, backward.graph])
     output = forward.graph.output_node()
     read = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
     results = list(output.args[0])  # type: ignore[arg-type]
-    for i, node in enumerate(results):
+    for i, node in enumerate(results[returned:], start=returned):
         reader = read.get(node.name) if isinstance(node, Node) and node.op == "call_function" else None
-        shape = _apart(node, parts) if reader is not None else None
-        if shape is None or reader is None or _shape(reader) != _shape(node):
+        if reader is None or _shape(reader) != _shape(node):
             continue
-        made = _viewed(forward.graph, node, shape, before=output)
-        if made is not None and _take_argument_apart(backward.graph, reader, made.meta["val"]):
-            results[i] = made
+        if is_rounded(node) and _shape(node)[-1].free_symbols:
+            results[i] = _cut(forward.graph, node, before=output)
+            _round_up(backward.graph, reader, results[i].meta["val"])
+        elif (shape := _apart(node, parts)) is not None:
+            made = _viewed(forward.graph, node, shape, before=output)
+            if made is not None and _take_argument_apart(backward.graph, reader, made.meta["val"]):
+                results[i] = made
     output.args = (type(output.args[0])(results),)  # type: ignore[operator, assignment]
     forward.recompile()
     backward.recompile()
@@ -198,6 +202,32 @@ def _take_argument_apart(graph: Graph, node: Node, apart: torch.Tensor) -> bool:
         user.replace_input_with(node, made)
     node.meta.pop("tensor_meta", None)
     return True
+
+
+def _cut(graph: Graph, node: Node, before: Node) -> Node:
+    """Cut off what is behind the entries of an attention's queries."""
+    editor = Editor(graph, frozenset())
+    queries: Any = node.args[0].args[0]  # type: ignore[union-attr]
+    with dispatch_to_proxies(), editor.before(before):
+        many = editor(aten.sym_size.int, Proxy(queries, editor), 2)
+        made = editor(aten.slice.Tensor, Proxy(node, editor), 2, 0, many)
+    editor.finish()
+    return made.node  # type: ignore[no-any-return]
+
+
+def _round_up(graph: Graph, node: Node, cut: torch.Tensor) -> None:
+    """Let an input of ``graph`` have the shape of ``cut``; what reads it gets it rounded up, as the kernel fills it."""
+    users = list(node.users)
+    node.meta["val"] = cut
+    node.meta.pop("tensor_meta", None)
+    editor = Editor(graph, frozenset())
+    with dispatch_to_proxies(), editor.before(_next(node)):
+        many = editor(aten.sym_size.int, Proxy(node, editor), 2)
+        behind = (many + (ROUNDED_TO - 1)) // ROUNDED_TO * ROUNDED_TO - many
+        made = editor(aten.constant_pad_nd.default, Proxy(node, editor), [0, behind], float("inf"))
+    editor.finish()
+    for user in users:
+        user.replace_input_with(node, made.node)
 
 
 def _next(node: Node) -> Node:

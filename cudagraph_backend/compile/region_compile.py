@@ -19,8 +19,8 @@ from cudagraph_backend.compile.capturable import main_device
 from cudagraph_backend.compile.cut import Part, Split, split
 from cudagraph_backend.compile.graph_log import log_split, logged_change
 from cudagraph_backend.compile.inputs import size_inputs
-from cudagraph_backend.compile.levels import CannotSplit
 from cudagraph_backend.compile.joined import take_apart
+from cudagraph_backend.compile.levels import CannotSplit
 from cudagraph_backend.compile.scalars import move_scalars, moving
 from cudagraph_backend.debug import Debug
 from cudagraph_backend.drivers.platforms import driver_refusal

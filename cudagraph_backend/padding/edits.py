@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Graph, Node
@@ -16,6 +16,9 @@ from . import forms, masks
 from .call import Edit
 from .editor import Editor
 from .lattice import RefusePadding
+
+#: The nodes of a form's results; ``None`` for one that it has not.
+FormResults: TypeAlias = "tuple[Node | None, ...]"
 
 
 @dataclass(slots=True)
@@ -30,7 +33,7 @@ class Edits:
     editor: Editor
     operands: list[Edit] = field(default_factory=list)
     forms: list[str] = field(default_factory=list)
-    _replaced: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
+    _replaced: dict[Node | None, FormResults] = field(default_factory=dict)
     _kept: frozenset[Node] | None = None
 
     def state(self) -> int:
@@ -41,8 +44,10 @@ class Edits:
         """Forget the operands' edits since ``state``."""
         del self.operands[state:]
 
-    def write_form(self, node: Node) -> tuple[Sequence[Node], tuple[Node, ...]]:
+    def write_form(self, node: Node) -> tuple[Sequence[Node], FormResults]:
         """Write ``node`` in another form in front of it; return what was made, and the nodes of its results.
+
+        ``None`` stands for a result that the form has not.
 
         Raises:
             RefusePadding: it has none, or its result must stay the view that it is.
@@ -54,23 +59,30 @@ class Edits:
         with self.editor.before(node):
             written = form(forms.Site.of(node, self.editor))
         results = written if isinstance(written, tuple) else (written,)
-        return self.editor.made[start:], tuple(result.node for result in results)
+        return self.editor.made[start:], tuple(None if result is None else result.node for result in results)
 
-    def put_in_place(self, node: Node, results: tuple[Node, ...]) -> tuple[Node, ...]:
+    def put_in_place(self, node: Node, results: FormResults) -> FormResults:
         """Let the users of ``node`` read ``results``, checked to be of the same shapes and dtypes; return these."""
-        results = tuple(self._replaced[one][0] if one in self._replaced else one for one in results)
+        results = tuple(self._standing_for(one) for one in results)
         val = node.meta["val"]
         traced = [val] if isinstance(val, torch.Tensor) else list(val)
-        if not all(_is_alike(result.meta["val"], one) for result, one in zip(results, traced, strict=True)):
+        pairs = zip(results, traced, strict=True)
+        if not all(result is None or _is_alike(result.meta["val"], one) for result, one in pairs):
             raise RefusePadding("its other form is not like it")
         if isinstance(val, torch.Tensor):
+            assert results[0] is not None
             node.replace_all_uses_with(results[0])
+        elif any(results[user.args[1]] is None for user in node.users):  # type: ignore[index]
+            raise RefusePadding("its other form lacks a result")
         else:
             for user in list(node.users):
                 user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
         self._replaced[node] = results
         self.forms.append(operator_name(node.target))
         return results
+
+    def _standing_for(self, node: Node | None) -> Node | None:
+        return self._replaced[node][0] if node in self._replaced else node
 
     def finish(self) -> None:
         """Edit the operands, and take what nobody reads any more out of the graph."""

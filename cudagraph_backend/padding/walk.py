@@ -26,7 +26,7 @@ from cudagraph_backend.torch_internals import (
     written_arguments,
 )
 
-from . import rules
+from . import alignment, rules
 from .call import RULES, Call, RegisteredRule, depends_on_size, leaves, rule_name
 from .edits import Edits
 from .lattice import Axes, Fact, Operand, RefusePadding, Results, Rows
@@ -90,33 +90,34 @@ class Walk:
         before = self.edits.state() if self.edits is not None else 0
         try:
             found = self._value(node)
-        except RefusePadding:
-            if (other := self._in_other_form(node, before)) is None:
-                raise
+        except RefusePadding as refused:
+            other = self._in_other_form(node, before)
+            if isinstance(other, RefusePadding):
+                raise RefusePadding(refused.reason, refused.link | other.link) from None
             return other
-        other = self._in_other_form(node, before) if isinstance(found, RefusePadding) else None
-        return found if other is None else other
+        other = self._in_other_form(node, before) if isinstance(found, RefusePadding) else found
+        return found if isinstance(other, RefusePadding) else other
 
-    def _in_other_form(self, node: Node, before: int) -> Found | None:
-        """Return what is known of another form of a node, if there is one that is not refused."""
+    def _in_other_form(self, node: Node, before: int) -> Found:
+        """Return what is known of another form of a node, or why there is none that is not refused."""
         if self.edits is None or node.op != "call_function":
-            return None
+            return RefusePadding("it must stay as it is")
         blamed = self.node
         self.edits.take_back(before)
         try:
             return self._formed(node, self.edits)
-        except RefusePadding:
+        except RefusePadding as refused:
             self.node = blamed
             self.edits.take_back(before)
             for made in self.edits.editor.made:  # what is at the front may be read by another form
                 self.values.setdefault(made, RefusePadding("made for a form that is refused"))
-            return None
+            return RefusePadding(refused.reason, refused.link)
 
     def _formed(self, node: Node, edits: Edits) -> Found:
         made, results = edits.write_form(node)
         for one in made:
             self.values[one] = self._value_or_form(one)
-        found = [self.values[result] for result in edits.put_in_place(node, results)]
+        found = [() if one is None else self.values[one] for one in edits.put_in_place(node, results)]
         return found[0] if isinstance(node.meta["val"], torch.Tensor) else list(found)  # type: ignore[arg-type]
 
     def _value(self, node: Node) -> Found:
@@ -148,15 +149,15 @@ class Walk:
     def _item(self, node: Node) -> Found:
         whole, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
         item = whole[index] if isinstance(whole, list) else whole  # type: ignore[index]
-        if isinstance(item, RefusePadding):
+        if isinstance(item, RefusePadding) and not alignment.is_rounded(node):
             raise RefusePadding(item.reason, item.link)
         return self._checked(node, item)
 
     def _call(self, node: Node, target: Any) -> Found:
         schema = operator_schema(target)
         self._check_effects(node, schema)
-        if target is torch.ops.aten.slice.Tensor and (taken := self._taken_back(node)) is not None:
-            return taken
+        if target is torch.ops.aten.slice.Tensor and (found := self._cut_as_before(node)) is not None:
+            return found
         if schema.name.startswith("aten::sym_"):
             return ()
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
@@ -166,11 +167,11 @@ class Walk:
         reaching = [name for name, argument in arguments.items() if depends_on_size(argument)]
         if not reaching and not any(isinstance(leaf, Operand) and leaf.axes for leaf in leaves(arguments)):
             return ()
-        found = _rule_for(target)
+        rule = _rule_for(target)
         for name in reaching:
-            if name not in found.sizes:
+            if name not in rule.sizes:
                 raise RefusePadding(f"the padded size reaches values through argument {name!r}")
-        return self._apply(found, node, arguments, makes_rows=bool(reaching))
+        return self._apply(rule, node, arguments, makes_rows=bool(reaching))
 
     def _higher_order(self, node: Node) -> Found:
         """Return what is known of the results of an operator that runs others, or a kernel of the user's."""
@@ -235,18 +236,14 @@ class Walk:
             raise
         return found
 
-    def _taken_back(self, node: Node) -> Found | None:
-        """Return the rows of what was padded behind and is now cut back to what it was; ``None`` for other slices.
-
-        CUDA's attention aligns masks so.
-        """
-        pad = node.args[0]
-        if not isinstance(pad, Node) or pad.target is not torch.ops.aten.constant_pad_nd.default:
-            return None
-        _, _, start, _, step = [*node.args, *(None, 0, 0, None, 1)[len(node.args) :]]  # type: ignore[misc]
-        whole, pads = pad.args[:2]
-        from_front = start in (0, None) and step == 1 and all(isinstance(n, int) and n == 0 for n in pads[::2])  # type: ignore[index, union-attr]
-        return self.values[whole] if from_front and self._shape(node) == self._shape(whole) else None  # type: ignore[index, arg-type]
+    def _cut_as_before(self, node: Node) -> Found | None:
+        """Return the rows of what is cut back to where a kernel's alignment begins; ``None`` for other slices."""
+        if (whole := alignment.as_before(node)) is not None:
+            return self.values[whole]
+        if (attention := alignment.attention_of(node)) is not None:
+            results = self.values[attention]
+            return results[0] if isinstance(results, list) else results
+        return None
 
     def _check_effects(self, node: Node, schema: torch.FunctionSchema) -> None:
         if node.target is torch.ops.aten.copy_.default:
@@ -312,6 +309,9 @@ class Walk:
             return self._number(val)
         if isinstance(val, (list, tuple)):
             raise RefusePadding(f"{node.name} is used as a whole")
+        if isinstance(self.values[node], RefusePadding) and alignment.reads_rounded(self.node):
+            whole = alignment.padded_behind(node)
+            return replace(self._operand(whole or node, role), source=None)
         return self._operand(node, role) if _is_tensor(node) else val
 
     def _number(self, number: object) -> object:

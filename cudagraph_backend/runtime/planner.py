@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+
+import sympy
 
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import Fill

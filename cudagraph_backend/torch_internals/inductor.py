@@ -10,8 +10,8 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo.convert_frame import compile_lock
-from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
@@ -19,8 +19,8 @@ from cudagraph_backend.torch_internals.storages import outside_inference_mode
 
 InnerCompile = Callable[..., Callable[..., Any]]
 
-#: Changes a forward and its backward, which agree on what is saved.
-AfterPartition = Callable[[torch.fx.GraphModule, torch.fx.GraphModule], None]
+#: Changes a forward and its backward, which agree on what is saved: what the forward has behind so many results.
+AfterPartition = Callable[[torch.fx.GraphModule, torch.fx.GraphModule, int], None]
 
 
 def compile_regions(
@@ -52,7 +52,7 @@ class _Partitioner(CustomPartitionerFn):
 
     def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         forward, backward = self._partition(gm, joint_inputs, **kwargs)
-        self._after(forward, backward)
+        self._after(forward, backward, kwargs["num_fwd_outputs"])
         return forward, backward
 
     def uuid(self) -> Any:

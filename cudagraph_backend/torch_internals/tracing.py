@@ -56,9 +56,9 @@ def report_output_strides(strides: Sequence[Any]) -> None:
 def report_as_traced(outputs: Collection[int]) -> None:
     """Tell AOTAutograd that these outputs of a region have the strides that they were traced with."""
     context = TracingContext.try_get()
-    reported = context.output_strides if context is not None else None
-    for index in outputs if reported else ():
-        reported[index] = None
+    if context is not None and context.output_strides:
+        for index in outputs:
+            context.output_strides[index] = None
 
 
 def forget_output_strides() -> None:

@@ -289,18 +289,22 @@ def test_the_precision_is_that_of_the_coarsest_value(dtype, inner, precision):
     assert region.precision == precision
 
 
-def test_a_size_that_is_no_multiple_of_the_dim_is_refused():
-    gm, example_inputs = captured(lambda x: torch.cat([x, x[:1]]) * 2, torch.randn(6, 4))
-    longer = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cat.default).meta["val"]
+@pytest.mark.parametrize(("more", "is_refused"), [(1, False), (-1, False), (-2, True)])
+def test_a_size_with_a_few_more_or_less_entries_than_rows(more, is_refused):
+    """Padded rows come behind them; but a size that may be none has no last row to repeat."""
+    gm, example_inputs = captured(
+        lambda x: x[:more] * 2 if more < 0 else nn.functional.pad(x, (0, 0, 0, more)), torch.randn(6, 4)
+    )
+    longer = gm.graph.output_node().args[0][0].meta["val"]
+    assert longer.shape[0] == 6 + more
     graph = Graph()
-    names = [graph.placeholder(name) for name in ("s", "k", "x", "longer")]
-    for node, value in zip(names, (*example_inputs, longer), strict=True):
+    inputs = [example_inputs[0], example_inputs[-1], longer]
+    names = [graph.placeholder(name) for name in ("s", "x", "longer")]
+    for node, value in zip(names, inputs, strict=True):
         node.meta["val"] = value
-    graph.output((names[2],))
-    region = analyse(GraphModule({}, graph), [*example_inputs, longer], "inference", (), Options(pad="assume"), 0)
-    assert "input longer has size" in str(verdicts(region)[0])
-    assert "no fixed multiple of the dynamic dim" in str(verdicts(region)[0])
-    assert verdicts(region)[1] is None
+    graph.output((names[1],))
+    region = analyse(GraphModule({}, graph), inputs, "inference", (), Options(pad="assume"), 0)
+    assert ("input longer has size" in str(verdicts(region)[0])) is is_refused
 
 
 def test_a_size_that_is_a_product_of_two_dims_is_not_padded_along_both():

@@ -6,10 +6,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node, Proxy
+from torch.fx import Proxy
 
 from cudagraph_backend.torch_internals import expr
 
+from .. import alignment
 from ..editor import Editor, convert, value
 from ..lattice import RefusePadding
 from .form import form
@@ -53,56 +54,57 @@ def reverse(site: Site) -> Proxy:
 
 @form("aten::cat")
 def cat(site: Site) -> Proxy:
-    """Pick each entry from the operand in which it is, by the numbers of real entries."""
-    tensors, editor = list(site["tensors"]), site.editor
-    tensors = [tensor for tensor in tensors if [*map(expr, value(tensor).shape)] != [0]]  # as torch joins them
-    dim = site.dims(tensors[0], site["dim"])[0]
-    place = editor.entries(editor.plain(expr(site.val.shape[dim])))
-    behind = [-1, *[1] * (site.val.ndim - 1 - dim)]
-    starts, start = [], sympy.S.Zero
-    for tensor in tensors:
-        starts.append(start)
-        start += site.size(tensor, dim)
-    result, first = None, aten.mul.Tensor(place, 0)
-    for tensor, start in reversed(list(zip(tensors, starts, strict=True))):
-        own = aten.sub.Tensor(place, editor.counted(start))
-        end = editor.counted(start + site.size(tensor, dim))
-        is_own = aten.bitwise_and.Tensor(aten.ge.Scalar(own, 0), aten.lt.Tensor(place, end))
-        here = _picked(tensor, dim, aten.where.self(is_own, own, first))
-        here = convert(here, site.val.dtype)
-        result = here if result is None else aten.where.self(aten.view.default(is_own, behind), here, result)
-    if result is None:
+    """Put one operand behind the other."""
+    tensors = [tensor for tensor in site["tensors"] if [*map(expr, value(tensor).shape)] != [0]]  # as torch joins them
+    if not tensors:
         raise RefusePadding("joins nothing")
-    return result
+    dim = site.dims(tensors[0], site["dim"])[0]
+    size, start = expr(site.val.shape[dim]), sympy.S.Zero
+    result: Any = site.editor.constant(False, torch.bool)
+    for tensor in tensors:
+        result = _put(site.editor, convert(tensor, site.val.dtype), dim, start, size, convert(result, site.val.dtype))
+        start += site.size(tensor, dim)
+    return result  # type: ignore[no-any-return]
 
 
 @form("aten::constant_pad_nd")
 def pad(site: Site) -> Proxy:
-    """Pick each entry from behind what is put in front, and the given number where none is left."""
+    """Put a tensor behind so many of the given number, dim by dim, and that number behind it."""
     result, editor, pads = site["self"], site.editor, site["pad"]
-    if all(_shape(user) == _shape(result.node) for user in site.node.users):
-        raise RefusePadding("is cut back to what it was")  # as CUDA's attention aligns masks: the walk sees to it
+    if all(user.target is aten.slice.Tensor and alignment.as_before(user) for user in site.node.users):
+        raise RefusePadding("is cut back to what it was")  # which the walk sees to
     number = editor.constant(site["value"], site.val.dtype)
     for dim, ends in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         dim, (front, behind) = value(result).ndim - 1 - dim, ends
         if not (isinstance(front, int) and isinstance(behind, int) and front >= 0 and behind >= 0):
             raise RefusePadding("cuts, or pads by a number that changes")
-        if (front, behind) == (0, 0):
-            continue
-        place = editor.entries(editor.plain(site.size(result, dim) + front + behind))
-        own = aten.sub.Tensor(place, front)
-        is_own = aten.bitwise_and.Tensor(
-            aten.ge.Scalar(own, 0), aten.lt.Tensor(own, editor.counted(site.size(result, dim)))
-        )
-        here = _picked(result, dim, aten.where.self(is_own, own, aten.mul.Tensor(place, 0)))
-        shape = [-1, *[1] * (value(result).ndim - 1 - dim)]
-        result = aten.where.self(aten.view.default(is_own, shape), here, number)
+        if (front, behind) != (0, 0):
+            size = site.size(result, dim) + front + behind
+            result = _put(editor, result, dim, sympy.Integer(front), size, number)
     return result
 
 
-def _shape(node: Node) -> list[sympy.Expr]:
-    traced = node.meta.get("val")
-    return [*map(expr, traced.shape)] if isinstance(traced, torch.Tensor) else []
+@form("aten::slice_scatter")
+def write_slice(site: Site) -> Proxy:
+    """Put a tensor in place of as many entries of another one."""
+    x, source = site["self"], site["src"]
+    dim, step = site.dims(x, site["dim"])[0], site["step"]
+    if step != 1:
+        raise RefusePadding("writes to every so many of the rows")
+    size = site.size(x, dim)
+    return _put(site.editor, source, dim, _start(site["start"], size), size, x)
+
+
+def _put(editor: Editor, tensor: Proxy, dim: int, start: sympy.Expr, size: sympy.Expr, around: Proxy) -> Proxy:
+    """Return a tensor with a dim of ``size``, in which ``tensor`` is from entry ``start`` on, ``around`` elsewhere."""
+    place = editor.entries(editor.plain(size))
+    own = aten.sub.Tensor(place, editor.counted(start))
+    end = editor.counted(expr(value(tensor).shape[dim]))
+    is_own = aten.bitwise_and.Tensor(aten.ge.Scalar(own, 0), aten.lt.Tensor(own, end))
+    here = _picked(tensor, dim, aten.where.self(is_own, own, aten.mul.Tensor(place, 0)))
+    behind = [-1, *[1] * (value(tensor).ndim - 1 - dim)]
+    made: Proxy = aten.where.self(aten.view.default(is_own, behind), here, around)
+    return made
 
 
 def _picked(x: Proxy, dim: int, numbers: Proxy) -> Proxy:

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 
 from ..call import Call, depends_on_size, one_line, rule
-from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_blocks, in_order
 from ..symbolic import ROWS, RowDim, product, shape_text, whole
 
 
@@ -61,13 +61,16 @@ def _reshaped(operand: Operand, shape: Sequence[sympy.Expr], after: RowDim | Non
     if rows is FREE or after is None:
         raise RefusePadding(mixes)
     dim, before = after.dim, product(operand.shape[: rows.dim])
+    if rows.blocks is None:  # any division will do: the one that the result's dims have
+        blocks = product(shape[:dim]) / before
+        rows = in_blocks(rows, blocks) if blocks.is_integer else in_order(rows)
     within, within_after = product(operand.shape[rows.dim + 1 :]), product(shape[dim + 1 :])
-    blocks = product((before, rows.blocks)) if rows.blocks is not None else product((before, rows.count)) / rows.per
+    assert rows.blocks is not None
     return Rows(
         dim,
         per=whole(product((rows.per, within)), within_after, mixes),
         holds=rows.holds,
-        blocks=whole(blocks, product(shape[:dim]), mixes),
+        blocks=whole(product((before, rows.blocks)), product(shape[:dim]), mixes),
         extra=whole(product((rows.extra, within)), within_after, mixes),
     )
 
