@@ -130,7 +130,7 @@ class _OnTensors(TensorReferenceAnalysis):
 
 
 def unify_factors(gm: torch.fx.GraphModule) -> None:
-    """Let sizes be one size whose products are guarded to be equal, as those of ``[B*S, V]`` logits and ``[B*S]`` labels.
+    """Let sizes be one whose products are guarded to be equal, as those of ``[B*S, V]`` logits and ``[B*S]`` labels.
 
     A product tells nothing of its factors, and they need not be equal. Where they are, one by one, in the call that is
     compiled, a guard says so from now on: other calls are compiled for themselves.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from cudagraph_backend.compile.analysis import analyse, complete
 from cudagraph_backend.errors import Refusal
@@ -59,14 +59,14 @@ def findings(architecture: Architecture) -> list[Finding]:
 def _analysed(region: Region, number: int) -> Finding:
     sizes = region.sizes()
     analysed = analyse(region.module, region.metas, "inference", (), Options(), number)  # puts masks into the module
-    completed = complete(analysed, _as_compiled(region))
+    completed = complete(analysed, as_compiled(region.module))
     counts = [count.make(sizes, torch.device("cpu")) for count in analysed.counts]
     return Finding(replace(region, args=(*region.args, *counts)), completed.dims, completed.refusal)
 
 
-def _as_compiled(region: Region) -> SimpleNamespace:
-    """What Inductor would say of the region; it keeps the strides of outputs as they are in the graph."""
-    nodes = list(region.module.graph.nodes)
+def as_compiled(module: GraphModule) -> SimpleNamespace:
+    """What Inductor would say of a region; it keeps the strides of outputs as they are in the graph."""
+    nodes = list(module.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     written = {node.args[0] for node in nodes if node.target is torch.ops.aten.copy_.default}
     outputs = [item.meta.get("val") if isinstance(item, Node) else item for item in nodes[-1].args[0]]

@@ -304,7 +304,7 @@ def test_a_size_with_a_few_more_or_less_entries_than_rows(more, is_refused):
         node.meta["val"] = value
     graph.output((names[1],))
     region = analyse(GraphModule({}, graph), inputs, "inference", (), Options(pad="assume"), 0)
-    assert ("input longer has size" in str(verdicts(region)[0])) is is_refused
+    assert ("not so many entries per row" in str(verdicts(region)[0])) is is_refused
 
 
 def test_a_size_that_is_a_product_of_two_dims_is_not_padded_along_both():
