@@ -127,10 +127,9 @@ def _refused_number(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput
     in_sizes = frozenset().union(*(size.free_symbols for tensor in inputs for size in tensor.size))
     if symbols & in_sizes:
         return None
-    strided = next((_located(graph, i, r) for i in inputs if (r := _refused_stride(i, symbols))), None)
-    if strided is None and all(shapes.is_at_least(0, symbol) for symbol in symbols):
+    if all(shapes.is_at_least(0, symbol) for symbol in symbols):
         return None
-    return strided or Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
+    return Refusal("it is the size of no input's dim", source=_read_at(graph, symbols))
 
 
 def _read_at(graph: Graph, symbols: Symbols) -> str | None:
@@ -138,17 +137,8 @@ def _read_at(graph: Graph, symbols: Symbols) -> str | None:
     return next((first_use(number) for number in numbers if expr(number.meta["val"]) in symbols), None)
 
 
-def _refused_stride(tensor: TensorInput, symbols: Symbols) -> Refusal | None:
-    in_sizes = frozenset().union(*(size.free_symbols for size in tensor.size))
-    if (tensor.symbols - in_sizes) & symbols:
-        return Refusal(f"input {tensor.name} has a dynamic stride, not a dynamic size")
-    return None
-
-
 def _refused_layout(tensor: TensorInput, symbols: Symbols, shapes: Shapes) -> Refusal | None:
     """Return why staging can't put padded rows behind the real ones, as when a size is no multiple of the symbol."""
-    if (refusal := _refused_stride(tensor, symbols)) is not None:
-        return refusal
     if tensor.role == "static" and tensor.symbols & symbols:
         return Refusal(f"input {tensor.name} is on the device meta, and has no rows to add to")
     for size, stride in zip(tensor.size, tensor.stride, strict=True):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 import cudagraph_backend as sg
 from cudagraph_backend import sharedgraph
@@ -204,3 +206,31 @@ def test_fine_tuning_a_language_model(kind, device):
     dynamic = [replayer.region for replayer in sharedgraph.regions() if replayer.region.dims]
     assert {region.kind for region in dynamic} == {"forward", "backward"}
     assert is_padded_throughout(), sg.explain()
+
+
+@pytest.mark.slow
+def test_a_partitioner_of_the_users_is_called():
+    class Partitioner(CustomPartitionerFn):
+        calls = 0
+
+        def __call__(self, gm, joint_inputs, **kwargs):
+            Partitioner.calls += 1
+            return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+        def uuid(self):
+            return "one of the user's"
+
+    with torch._inductor.config.patch(custom_partitioner_fn=Partitioner()):
+        check(JOINED["joined result"], lambda b, s: [torch.randn(b, s, 8), tokens(8, b, s, device="cpu")], trains=True)
+    assert Partitioner.calls == 2
+
+
+@pytest.mark.slow
+def test_the_strides_of_an_argument_may_hold_the_length(device):
+    """As the first tokens of a sequence, which a forward saves as a view."""
+    weight = torch.linspace(-1, 1, 64, device=device).view(8, 8)
+    check(
+        lambda x, i: ((x @ weight).sin()[:, 0] @ weight).cos() @ weight,
+        lambda b, s: [torch.randn(b, s, 8, device=device), tokens(8, b, s, device=device)],
+        trains=True,
+    )

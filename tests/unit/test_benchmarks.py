@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import random
 import time
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import decode, micro_call, plots, rows, runners, suite, tables, timing, topics
+from benchmarks import decode, micro_call, plots, rows, runners, streams, suite, tables, timing, topics
 from benchmarks.rows import Environment, Row
-from benchmarks.topics import host_cost
+from benchmarks.topics import host_cost, irregular
 
 WHERE = Environment("NVIDIA H100 80GB HBM3", "1.2", "2.11", "3.6", "3.12", "abc1234", "2026-01-02")
 CPU = torch.device("cpu")
@@ -129,6 +130,114 @@ def test_the_hand_written_runner_sends_padded_rows_to_a_slot_that_nobody_uses(mo
     for batch in decode.random_walk(20, shape, CPU, stride=2):
         torch.testing.assert_close(runner(*batch), eager(*batch))
     torch.testing.assert_close(ours.layers[0].keys[:-1], eager.layers[0].keys[:-1])
+
+
+def served_stream(monkeypatch: pytest.MonkeyPatch, way: runners.Way, **settings: object) -> list[Row]:
+    """Serve three batches without compiling anything."""
+    monkeypatch.setattr(runners, "warm_up_compiler", lambda device: None)
+    stream = streams.Stream(
+        topic="t",
+        case="c",
+        requests=[(torch.ones(count),) for count in (1, 2, 3)],
+        prepare=lambda way: way.prepare(runners.Model(lambda x: 2 * x, (), (), ())),
+        tolerance=0.1,
+        settings={},
+        **settings,
+    )
+    return streams.run_stream(stream, (runners.EAGER, way), topics.Settings(CPU, quick=True))
+
+
+def test_a_stream_tells_the_percentiles_it_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    found = served_stream(monkeypatch, runners.Way("same", lambda model: model.fn), percentiles=(10, 90))
+    asked = {row.metric: row.median for row in found if row.way == "same" and "percentile" in row.metric}
+    assert list(asked) == ["10th percentile", "90th percentile"]
+    assert asked["10th percentile"] <= asked["90th percentile"]
+
+
+def test_a_shuffled_stream_serves_everything_in_other_orders(monkeypatch: pytest.MonkeyPatch):
+    served: list[int] = []
+
+    def prepare(model: runners.Model) -> runners.Served:
+        return lambda x: served.append(len(x)) or model.fn(x)
+
+    served_stream(monkeypatch, runners.Way("same", prepare), shuffled=True, timed_passes=5)
+    passes = [tuple(served[start : start + 3]) for start in range(2, len(served), 3)]  # behind the two extremes
+    assert len(passes) == 2 + 5 + 1
+    assert all(sorted(each) == [1, 2, 3] for each in passes)
+    assert {passes[0], passes[1], passes[-1]} == {(1, 2, 3)}
+    assert len(set(passes[2:-1])) > 1
+
+
+@pytest.mark.parametrize("must_be_right", [False, True])
+def test_a_way_that_must_be_right_is_not_timed_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch, must_be_right: bool):
+    found = served_stream(monkeypatch, runners.Way("off", lambda model: lambda x: 3 * x), must_be_right=must_be_right)
+    off = [row for row in found if row.way == "off"]
+    if must_be_right:
+        assert [row.metric for row in off] == [rows.LEFT_OUT]
+        assert off[0].note.startswith("failed: ArithmeticError: off by 5.0e-01")
+    else:
+        assert len(off) > 1
+        assert all(row.wrong for row in off)
+
+
+def test_steps_of_a_quarter():
+    sizes = sorted({irregular.quarter_step(size) for size in range(1, 65)})
+    assert sizes == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    assert all(size <= irregular.quarter_step(size) <= size * 1.25 for size in range(1, 5000))
+
+
+def test_no_edge_of_a_batch_joins_two_graphs():
+    sizes, draw = irregular.QUICK_GRAPHS, random.Random(0)
+    for _ in range(20):
+        x, edges, graph, bounds = irregular.draw_graphs(sizes, draw, CPU)
+        assert torch.equal(graph[edges[0]], graph[edges[1]])
+        assert torch.equal(graph.bincount(), bounds.diff())
+        assert len(x) == len(graph) == bounds[-1]
+        assert sizes.graphs[0] < len(bounds) <= sizes.graphs[1] + 1
+
+
+@pytest.mark.parametrize("with_torch_geometric", [False, True])
+def test_graphs_that_are_padded_by_hand_give_the_same_results(
+    monkeypatch: pytest.MonkeyPatch, with_torch_geometric: bool
+):
+    if with_torch_geometric:
+        pytest.importorskip("torch_geometric")
+    else:
+        own = irregular.Convolution, irregular.add_pool, "index_add"
+        monkeypatch.setattr(irregular, "graph_operators", lambda: own)
+    torch.manual_seed(0)
+    module, draw = irregular.GraphNetwork(irregular.QUICK_GRAPHS).eval(), random.Random(0)
+    assert module.origin.startswith("torch_geometric" if with_torch_geometric else "index_add")
+    shapes: list[tuple[int, ...]] = []
+
+    def served(*batch: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape[-1] for tensor in batch[1:]))
+        return module(*batch)
+
+    for _ in range(20):
+        batch = irregular.draw_graphs(irregular.QUICK_GRAPHS, draw, CPU)
+        torch.testing.assert_close(irregular.padding_graphs(served)(*batch), module(*batch))
+        edges, nodes, bounds = shapes[-1]
+        assert edges == irregular.quarter_step(batch[1].shape[1])
+        assert nodes == irregular.quarter_step(len(batch[0]) + 1) > len(batch[0])
+        assert bounds == irregular.quarter_step(len(batch[3])) + 1
+
+
+def test_texts_that_are_padded_by_hand_give_the_same_loss_and_gradients():
+    pytest.importorskip("transformers")
+    settings = topics.Settings(CPU, quick=True)
+    batches = irregular.draw_texts(irregular.QUICK_TEXTS, CPU)
+    assert len({ids.shape for ids, _ in batches}) == len(batches)
+    by_hand = dataclasses.replace(runners.EAGER, name="hand-padded")
+    answers = []
+    for way in (runners.EAGER, by_hand):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runners, "HAND_PADDED", by_hand)
+            module = irregular.language_model(settings)
+            step = irregular.FineTuning(module, module.state_dict(), way)
+            answers.append(torch.stack([step(*batch) for batch in batches]))
+    torch.testing.assert_close(*answers)
+    assert answers[0].min() > 0
 
 
 def test_every_topic_has_jobs_and_a_limit():

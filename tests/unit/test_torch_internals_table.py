@@ -31,7 +31,13 @@ MODULES = sorted(path.stem for path in ADAPTER.glob("*.py") if path.stem != "__i
 OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if ADAPTER not in path.parents)
 # A copy of many tensors at once, and the address of a storage, have no public name that is as fast. Operators are named
 # as they stand in graphs, which users see as well.
-ALLOWED_ELSEWHERE = {"torch._foreach_copy_", "torch.ops.aten._to_copy.default", "_cdata"}
+ALLOWED_ELSEWHERE = {
+    "torch._foreach_copy_",
+    "torch.ops.aten._scaled_dot_product_efficient_attention.default",
+    "torch.ops.aten._scaled_dot_product_efficient_attention_backward.default",
+    "torch.ops.aten._to_copy.default",
+    "_cdata",
+}
 
 
 @dataclass(frozen=True, slots=True)
