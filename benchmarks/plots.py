@@ -16,6 +16,7 @@ COLOURS = {
     "inductor": "#56b4e9",
     "reduce-overhead": "#e69f00",
     "cudagraphs": "#cc79a7",
+    "hand-padded": "#f0e442",
     "hand-written": "#009e73",
     "raw replay": "#000000",
     "sharedgraph": "#d55e00",

@@ -147,6 +147,17 @@ STOCK = Way(
 )
 
 
+# What callers of stock do who want fewer graphs: the topic pads, to sizes that it has chosen, and cuts the result.
+HAND_PADDED = Way(
+    "hand-padded",
+    # Told to be dynamic, Dynamo does not answer it from what stock has compiled for the same code.
+    lambda model: torch.compile(model.fn, mode="reduce-overhead", dynamic=True),
+    captures=lambda: _stock_captures() if torch.cuda.is_available() else 0,
+    calls_to_replay=3,
+    note="the caller pads to powers of two and three sizes between two of them, for reduce-overhead",
+)
+
+
 def _size_by_size(model: Model) -> Served:
     """This backend fails for a dynamic size that it meets anew, so each is compiled apart."""
     served = torch.compile(model.fn, backend="cudagraphs", dynamic=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ class Stream:
         unit: what one row of a request is, in the plural.
         check_every: compare only one result of so many, where all of them would not fit in memory.
         scale: how many calls of the model one request makes; times are per call.
+        percentiles: which of the time per call are told.
+        shuffled: serve each timed pass in an order of its own.
+        must_be_right: a way whose first two passes are wrong has failed, and is not timed.
     """
 
     topic: str
@@ -46,6 +50,9 @@ class Stream:
     scale: int = 1
     grad: bool = False
     timed_passes: int = 2
+    percentiles: Sequence[int] = (99,)
+    shuffled: bool = False
+    must_be_right: bool = False
 
     def extremes(self) -> tuple[Batch, Batch]:
         """The smallest and the largest request: after these, all is compiled."""
@@ -91,8 +98,8 @@ def _rows_of_ways(stream: Stream, ways: Sequence[Way], device: torch.device) -> 
     with torch.inference_mode(not stream.grad):
         references = _references(stream)
         lanes = [_first_passes(stream, way, references, device) for way in ways if runners.runs_on(way, device)]
-        for _ in range(stream.timed_passes):
-            _timed_pass(stream, lanes, device)
+        for number in range(stream.timed_passes):
+            _timed_pass(stream, lanes, number, device)
         for lane in lanes:
             _attempt(lane, partial(_pass, stream, lane, references, device))
     absent = [way for way in ways if not runners.runs_on(way, device)]
@@ -128,6 +135,8 @@ def _first_passes(stream: Stream, way: Way, references: Sequence[Tensor | None],
             gc.freeze()  # what compiling has left; else a call somewhere waits for half a second while it is searched
             lane.first_s = _pass(stream, lane, references, device)
             _pass(stream, lane, references, device)
+        if stream.must_be_right and not lane.error <= stream.tolerance:
+            raise ArithmeticError(f"off by {lane.error:.1e} of the greatest, where {stream.tolerance:.0e} is allowed")
 
     _attempt(lane, passes)
     free_now = runners.free_memory(device)
@@ -163,11 +172,14 @@ def _pass(stream: Stream, lane: Lane, references: Sequence[Tensor | None], devic
     return seconds
 
 
-def _timed_pass(stream: Stream, lanes: Sequence[Lane], device: torch.device) -> None:
+def _timed_pass(stream: Stream, lanes: Sequence[Lane], number: int, device: torch.device) -> None:
+    requests = list(stream.requests)
+    if stream.shuffled:
+        random.Random(number).shuffle(requests)
     for lane in lanes:
         _attempt(lane, partial(_begin, stream, lane))
-    for start in range(0, len(stream.requests), BLOCK):
-        block = stream.requests[start : start + BLOCK]
+    for start in range(0, len(requests), BLOCK):
+        block = requests[start : start + BLOCK]
         for lane in lanes:
             _attempt(lane, partial(_timed_block, stream, lane, block, device))
 
@@ -210,7 +222,7 @@ def _rows(stream: Stream, lane: Lane) -> list[Row]:
 
     results = [
         row("time per call", "ms", timing.spread(lane.timed_s, 1e3)),
-        row("99th percentile", "ms", quantile(lane.timed_s, 0.99) * 1e3),
+        *[row(f"{each}th percentile", "ms", quantile(lane.timed_s, each / 100) * 1e3) for each in stream.percentiles],
         row("throughput", f"{stream.unit}/s", timing.spread(lane.rates)),
         row("compiling", "s", lane.compiling_s),
         row("first pass", "s", sum(lane.first_s)),

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 # In the order in which they run: where time is short, the last ones are left out.
-NAMES = ("memory", "host_cost", "serving", "feedback", "kept", "graph_breaks", "training", "minilm")
+NAMES = ("memory", "host_cost", "serving", "feedback", "kept", "graph_breaks", "training", "minilm", "irregular")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from cudagraph_backend.compile.inputs import size_inputs
-from cudagraph_backend.padding.alignment import ROUNDED_TO, is_rounded
+from cudagraph_backend.padding.alignment import ROUNDED_TO, is_rounded, padded_behind
 from cudagraph_backend.padding.editor import Editor, value
 from cudagraph_backend.padding.lattice import RefusePadding
 from cudagraph_backend.region import SizeInput
@@ -40,9 +40,11 @@ def save_apart(forward: GraphModule, backward: GraphModule, returned: int) -> No
         reader = read.get(node.name) if isinstance(node, Node) and node.op == "call_function" else None
         if reader is None or _shape(reader) != _shape(node):
             continue
-        if is_rounded(node) and _shape(node)[-1].free_symbols:
-            results[i] = _cut(forward.graph, node, before=output)
-            _round_up(backward.graph, reader, results[i].meta["val"])
+        if _is_rounded_up(node):
+            whole = padded_behind(node) or _cut(forward.graph, node, before=output)
+            if whole.op == "call_function":
+                results[i] = whole
+                _round_up(backward.graph, reader, node, whole)
         elif (shape := _apart(node, parts)) is not None:
             made = _viewed(forward.graph, node, shape, before=output)
             if made is not None and _take_argument_apart(backward.graph, reader, made.meta["val"]):
@@ -204,6 +206,12 @@ def _take_argument_apart(graph: Graph, node: Node, apart: torch.Tensor) -> bool:
     return True
 
 
+def _is_rounded_up(node: Node) -> bool:
+    """Return whether a kernel's alignment has made a size of a node what follows from no dim's by sums and products."""
+    sizes = [size for size in _shape(node) if size.free_symbols and not size.is_polynomial()]
+    return bool(sizes) and (is_rounded(node) or padded_behind(node) is not None)
+
+
 def _cut(graph: Graph, node: Node, before: Node) -> Node:
     """Cut off what is behind the entries of an attention's queries."""
     editor = Editor(graph, frozenset())
@@ -215,16 +223,20 @@ def _cut(graph: Graph, node: Node, before: Node) -> Node:
     return made.node  # type: ignore[no-any-return]
 
 
-def _round_up(graph: Graph, node: Node, cut: torch.Tensor) -> None:
-    """Let an input of ``graph`` have the shape of ``cut``; what reads it gets it rounded up, as the kernel fills it."""
+def _round_up(graph: Graph, node: Node, rounded: Node, whole: Node) -> None:
+    """Let an input of ``graph`` be what was saved, ``whole``; what reads it gets it ``rounded`` up, as it was."""
     users = list(node.users)
-    node.meta["val"] = cut
+    node.meta["val"] = whole.meta["val"]
     node.meta.pop("tensor_meta", None)
     editor = Editor(graph, frozenset())
+    filling = float("inf") if is_rounded(rounded) else rounded.args[2] if len(rounded.args) > 2 else 0
+    pads: list[Any] = []
     with dispatch_to_proxies(), editor.before(_next(node)):
-        many = editor(aten.sym_size.int, Proxy(node, editor), 2)
-        behind = (many + (ROUNDED_TO - 1)) // ROUNDED_TO * ROUNDED_TO - many
-        made = editor(aten.constant_pad_nd.default, Proxy(node, editor), [0, behind], float("inf"))
+        for before, after in reversed([*zip(_shape(whole), _shape(rounded), strict=True)]):
+            many = editor.plain(before)
+            up = (many + (ROUNDED_TO - 1)) // ROUNDED_TO * ROUNDED_TO if is_rounded(rounded) else editor.plain(after)
+            pads += [0, up - many if before != after else 0]
+        made = editor(aten.constant_pad_nd.default, Proxy(node, editor), pads, filling)
     editor.finish()
     for user in users:
         user.replace_input_with(node, made.node)

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from cudagraph_backend.torch_internals import expr, fake_mode_of, tensor_of_sizes
+from cudagraph_backend.torch_internals import expr, fake_mode_of, number_of_sizes, tensor_of_sizes
 
 from .lattice import RefusePadding
 
@@ -105,19 +105,16 @@ class Editor(GraphAppendingTracer):
         """
         if size.is_Integer:
             return int(size)
-        if size.is_Symbol:
-            if size not in self._found:
-                raise RefusePadding(f"no input has the size {size}, which a mask needs")
-            node, dim = self._found[size]
-            return Proxy(node, self) if dim is None else self(aten.sym_size.int, Proxy(node, self), dim)
-        if not (size.is_Add or size.is_Mul or (size.is_Pow and size.args[1].is_Integer)):
-            raise RefusePadding(f"a mask needs {size}, no sum of products of sizes")
-        combine = operator.add if size.is_Add else operator.mul
-        first, *rest = (size.args[0],) * int(size.args[1]) if size.is_Pow else size.args
-        number = self.plain(first)
-        for part in rest:
-            number = combine(number, self.plain(part))
-        return number
+        try:
+            return number_of_sizes(size, {symbol: self._plain(symbol) for symbol in size.free_symbols})
+        except NotImplementedError:
+            raise RefusePadding(f"a mask needs the size {size}") from None
+
+    def _plain(self, symbol: sympy.Symbol) -> Any:
+        if symbol not in self._found:
+            raise RefusePadding(f"no input has the size {symbol}, which a mask needs")
+        node, dim = self._found[symbol]
+        return Proxy(node, self) if dim is None else self(aten.sym_size.int, Proxy(node, self), dim)
 
     def counted(self, size: sympy.Expr, dtype: torch.dtype = torch.int64) -> Proxy:
         """Return what ``size`` is at the real sizes, as a tensor without dims."""

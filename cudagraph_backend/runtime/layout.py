@@ -199,12 +199,25 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
         if isinstance(known, TensorOutput) and isinstance(entry, _VIEWS) and entry.view is not None:
             size = evaluate_all(known.size, values)
             stride = None if known.stride is None else evaluate_all(known.stride, values)
-            entries.append(_real_rows(entry, entry.view, size, stride))
+            real = _real_rows(entry, entry.view, size, stride)
+            is_loss = region.kind == "forward" and known.visible and size == ()
+            entries.append(_copied_if_alone(real, bucket) if is_loss else real)
         elif isinstance(entry, Number) and isinstance(known, sympy.Expr):
             entries.append(Number(evaluate(known, values)))
         else:
             entries.append(entry)
     return _layout(region, entries)
+
+
+def _copied_if_alone(entry: Entry, bucket: Layout) -> Entry:
+    """Let a call get a copy of a loss, unless that shares memory with other outputs.
+
+    Nearly every training loop holds it until it has the next one. Lent, it would make every other step write elsewhere,
+    and so have two graphs of each bucket.
+    """
+    if not isinstance(entry, Pooled) or sum(getattr(one, "range", None) == entry.range for one in bucket.entries) > 1:
+        return entry
+    return Compacted(entry.range, entry.view, ())
 
 
 def _real_rows(

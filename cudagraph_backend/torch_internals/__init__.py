@@ -94,6 +94,7 @@ from cudagraph_backend.torch_internals.shapes import (
     is_backed,
     is_jagged_size,
     symbols_of,
+    number_of_sizes,
     tensor_of_sizes,
     unify_factors,
 )
@@ -184,6 +185,7 @@ __all__ = [
     "mutated_inputs",
     "never_changes",
     "number_of",
+    "number_of_sizes",
     "operator_name",
     "operator_schema",
     "ops_to_partition",

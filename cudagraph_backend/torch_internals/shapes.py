@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import TensorReferenceAnalysis
+from torch.utils._sympy.reference import PythonReferenceAnalysis, TensorReferenceAnalysis
 
 from cudagraph_backend.torch_internals.fx import fake_mode_of
 
@@ -165,6 +165,18 @@ def tensor_of_sizes(
         NotImplementedError: torch has no operator on tensors for it.
     """
     return sympy_interp(_OnTensors(constant), dict(sizes), expression)
+
+
+def number_of_sizes(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, Any]) -> Any:
+    """Compute ``expression`` from numbers, or what stands for them.
+
+    Raises:
+        NotImplementedError: there is no operator for it.
+    """
+    try:
+        return sympy_interp(PythonReferenceAnalysis, dict(sizes), expression)
+    except TypeError as error:  # math.ceil of a proxy
+        raise NotImplementedError(str(error)) from None
 
 
 def symbols_of(value: Any) -> frozenset[sympy.Symbol]:
