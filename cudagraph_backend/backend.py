@@ -163,6 +163,7 @@ class _FrameCompile:
     names: tuple[InputName, ...]
     without_graphs: frozenset[Kind]
     _static_names: frozenset[str] = frozenset()
+    _bounds: dict[Any, int | None] = dataclasses.field(default_factory=dict)
 
     def compile_region(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Analyse a region, let Inductor compile it, and wrap the result. Passed to ``compile_fx`` as inner compile."""
@@ -179,6 +180,7 @@ class _FrameCompile:
             inductor=kwargs,
             replayer=self._replayer,
             composition=Composition,
+            bounds=self._bounds,
             refusal=_GRAPHS_OFF if kind in self.without_graphs else None,
         ).compile(gm, example_inputs)
 

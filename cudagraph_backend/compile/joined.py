@@ -122,22 +122,25 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
 
 
 def parts_of(graphs: Iterable[Graph]) -> Parts:
-    """Return what the graphs show of joined dims: dims that lie side by side in a tensor, by the product of sizes."""
+    """Return what the graphs show of joined dims: dims that lie side by side in a tensor, by the product of sizes.
+
+    Those whose first dim is the only dynamic one can stay joined: real rows are together.
+    """
+    runs: dict[tuple[sympy.Expr, ...], None] = {}
+    for shape in dict.fromkeys(_shape(node) for graph in graphs for node in graph.nodes):
+        for first, last in combinations(range(len(shape) + 1), 2):
+            run = shape[first:last]
+            if len(run) > 1 and 1 not in run and any(size.free_symbols for size in run):
+                runs[run] = None
     parts: Parts = {}
-    for graph in graphs:
-        for node in graph.nodes:
-            shape = _shape(node)
-            if sum(bool(size.free_symbols) for size in shape) < 2:
-                continue
-            for first, last in combinations(range(len(shape) + 1), 2):
-                run = shape[first:last]
-                if all(len(size.free_symbols) <= 1 for size in run) and len(_dynamic(run)) > 1:
-                    parts.setdefault(sympy.expand(sympy.Mul(*run)), run)
-    return parts
+    for run in sorted(runs, key=lambda run: not _can_stay_joined(run)):
+        if all(len(size.free_symbols) <= 1 for size in run):
+            parts.setdefault(sympy.expand(sympy.Mul(*run)), run)
+    return {product: run for product, run in parts.items() if not _can_stay_joined(run)}
 
 
-def _dynamic(sizes: Sequence[sympy.Expr]) -> list[sympy.Expr]:
-    return [size for size in sizes if size.free_symbols]
+def _can_stay_joined(run: Sequence[sympy.Expr]) -> bool:
+    return bool(run[0].free_symbols) and not any(size.free_symbols for size in run[1:])
 
 
 def _shape(node: Node) -> tuple[sympy.Expr, ...]:
@@ -156,7 +159,7 @@ def _apart(node: Any, parts: Parts) -> tuple[sympy.Expr, ...] | None:
 
 
 def _parts(size: sympy.Expr, parts: Parts) -> tuple[sympy.Expr, ...]:
-    return parts.get(size, (size,)) if len(size.free_symbols) > 1 else (size,)
+    return parts.get(size, (size,)) if size.free_symbols else (size,)
 
 
 def _joined_dims(shape: Sequence[sympy.Expr], parts: Parts) -> tuple[tuple[int, int], ...]:

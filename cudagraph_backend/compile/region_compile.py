@@ -48,6 +48,7 @@ class RegionCompile:
         inductor: the keyword arguments of Inductor's compile function.
         replayer: makes the call of a region, from what is known of it and Inductor's code.
         composition: makes the call of a region that runs in parts, from how values go between them and their calls.
+        bounds: the largest size by symbol, as far as known, of all that the regions of this frame have seen.
         refusal: why it must not be captured, neither as a whole nor in parts, where the user says so.
     """
 
@@ -60,6 +61,7 @@ class RegionCompile:
     inductor: Mapping[str, Any]
     replayer: Callable[[Region, Compiled, CutOut | None], Compiled]
     composition: Callable[[Wiring, Sequence[Compiled]], Compiled]
+    bounds: dict[Any, int | None]
     refusal: Refusal | None = None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -114,7 +116,7 @@ class RegionCompile:
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         cuts = _Cuts(self, gm, example_inputs)
         region = self._analyse(gm, example_inputs, self.static)
-        cuts.keep_bounds(region)
+        region = cuts.keep_bounds(region)
         if region.refusal is not None and not self.options.strict:
             composition = self._in_parts(gm, example_inputs, region, cuts)
             if composition is not None:
@@ -231,7 +233,6 @@ class _Cuts:
         self._examples = example_inputs
         self._compilation = torch_internals.Compilation(compile_.options.inductor)
         self._failed: dict[str, str] = {}
-        self._upper: dict[Any, int | None] = {}
         self._entry: _Entry | None = None
         self.strides: Sequence[Any] | None = None
 
@@ -241,13 +242,14 @@ class _Cuts:
         return self._entry
 
     def keep_bounds(self, region: Region) -> Region:
-        """Return the region with the bounds its sizes had when it was first seen, as what is compiled adds others."""
+        """Return the region with the bounds that its sizes had when first seen, as what is compiled adds others."""
         for dim in region.dims:
             for symbol in dim.symbols:
-                self._upper.setdefault(symbol, dim.upper)
-        bounds = {dim.name: [b for s in dim.symbols if (b := self._upper[s]) is not None] for dim in region.dims}
-        dims = tuple(dataclasses.replace(dim, upper=min(bounds[dim.name], default=None)) for dim in region.dims)
-        return dataclasses.replace(region, dims=dims)
+                self._compile.bounds.setdefault(symbol, dim.upper)
+        known = [[self._compile.bounds[symbol] for symbol in dim.symbols] for dim in region.dims]
+        upper = [min((bound for bound in bounds if bound is not None), default=None) for bounds in known]
+        dims = (dataclasses.replace(dim, upper=bound) for dim, bound in zip(region.dims, upper, strict=True))
+        return dataclasses.replace(region, dims=tuple(dims))
 
     def keep_strides(self, strides: Sequence[Any]) -> None:
         """Note the strides of results. Raises ``CannotSplit`` if they changed: what reads them relies on the old."""

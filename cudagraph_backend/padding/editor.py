@@ -105,6 +105,8 @@ class Editor(GraphAppendingTracer):
         """
         if size.is_Integer:
             return int(size)
+        if any(not number.is_Integer for number in size.atoms(sympy.Number)):
+            raise RefusePadding(f"a mask needs the size {size}")
         try:
             return number_of_sizes(size, {symbol: self._plain(symbol) for symbol in size.free_symbols})
         except NotImplementedError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch.fx import Graph, GraphModule
 
 from cudagraph_backend.errors import Refusal
@@ -56,7 +57,7 @@ def prove(
 
     First with padded rows that hold anything, then with padded rows that hold ``fill`` (the same in all inputs, or by
     the input's name in the graph; in others anything), then, if ``masked``, in a copy of the graph with masks, and with
-    other forms of operators, where that is not enough.
+    other forms of operators, where that is not enough. At last, rows that are joined end to end are put in order.
     """
     sizes, filled = Sizes(symbols), _holds(graph, fill)
     for holds in ({}, filled):
@@ -65,12 +66,25 @@ def prove(
             return Verdict(symbols, None, bool(holds), outputs=walk.run(graph))
         except RefusePadding as refused:
             verdict = _refused(symbols, walk, refused)
-    return _prove_edited(graph, symbols, sizes, filled) if masked else verdict
+    if not masked:
+        return verdict
+    verdict = _prove_edited(graph, symbols, sizes, filled)
+    if verdict.refusal is None or not graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        return verdict
+    in_order = _prove_edited(graph, symbols, sizes, filled, joins_in_order=True)
+    return in_order if in_order.refusal is None else verdict
 
 
-def _prove_edited(graph: Graph, symbols: frozenset[sympy.Symbol], sizes: Sizes, filled: Mapping[str, Fact]) -> Verdict:
+def _prove_edited(
+    graph: Graph,
+    symbols: frozenset[sympy.Symbol],
+    sizes: Sizes,
+    filled: Mapping[str, Fact],
+    *,
+    joins_in_order: bool = False,
+) -> Verdict:
     module = copied(graph)
-    edits = Edits(Editor(module.graph, symbols))
+    edits = Edits(Editor(module.graph, symbols), joins_in_order=joins_in_order)
     walk = Walk(sizes, filled, edits)
     try:
         with dispatch_to_proxies():

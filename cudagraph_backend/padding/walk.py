@@ -95,8 +95,15 @@ class Walk:
             if isinstance(other, RefusePadding):
                 raise RefusePadding(refused.reason, refused.link | other.link) from None
             return other
-        other = self._in_other_form(node, before) if isinstance(found, RefusePadding) else found
+        is_refused = isinstance(found, RefusePadding) or self._joins_blocks(node, found)
+        other = self._in_other_form(node, before) if is_refused else found
         return found if isinstance(other, RefusePadding) else other
+
+    def _joins_blocks(self, node: Node, found: Found) -> bool:
+        """Return whether rows are joined end to end that are to be in order."""
+        if self.edits is None or not self.edits.joins_in_order or node.target is not torch.ops.aten.cat.default:
+            return False
+        return isinstance(found, tuple) and not all(rows.together for rows in found)
 
     def _in_other_form(self, node: Node, before: int) -> Found:
         """Return what is known of another form of a node, or why there is none that is not refused."""

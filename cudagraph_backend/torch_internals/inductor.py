@@ -112,6 +112,11 @@ def inductor_option_names() -> list[str]:
     return sorted(inductor_config.get_config_copy())
 
 
+def draws_as_eager() -> bool:
+    """Return whether compiled code must draw the random numbers that eager draws."""
+    return bool(inductor_config.fallback_random)
+
+
 def ops_to_partition() -> tuple[str, ...]:
     """Return Inductor's own list of operators that must run outside of CUDA graphs, as it is set now."""
     return tuple(getattr(inductor_config, "custom_should_partition_ops", ()))

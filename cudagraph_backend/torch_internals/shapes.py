@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,15 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis, TensorReferenceAnalysis
 
 from cudagraph_backend.torch_internals.fx import fake_mode_of
+
+#: Functions of sizes, by sympy's names, as the text of an expression has them.
+_FUNCTIONS = {
+    "FloorDiv": operator.floordiv,
+    "Max": lambda *sizes: functools.reduce(torch.sym_max, sizes),
+    "Min": lambda *sizes: functools.reduce(torch.sym_min, sizes),
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -76,7 +87,7 @@ class Shapes:
     def parse(self, expression: str) -> sympy.Expr:
         """Return the expression behind Inductor's text form of it, e.g. ``"8*s77"``."""
         # Not the environment's own deserialize_symexpr, which can't tell the number of a jagged dim's lengths.
-        return expr(eval(expression, SYMPY_INTERP, self._symbols | _by_name(self._symints)))
+        return expr(eval(expression, {**SYMPY_INTERP, **_FUNCTIONS}, self._symbols | _by_name(self._symints)))
 
 
 def has_lost_guards(graph: torch.fx.Graph) -> bool:
@@ -143,12 +154,20 @@ def unify_factors(gm: torch.fx.GraphModule) -> None:
         return
     env = next(iter(sizes.values())).node.shape_env
     for guard in [guard.expr for guard in env.guards if isinstance(guard.expr, sympy.Eq)]:
-        left, right = (_factors(env.replace(side), sizes) for side in guard.args)
-        for one in left if len(left) == len(right) > 1 else ():
+        sides = [env.replace(side) for side in guard.args]
+        left, right = (_factors(side, sizes) for side in (*_without_common(*sides),))
+        for one in left if len(left) == len(right) > 0 else ():
             other = next((each for each in right if sizes[each].node.hint == sizes[one].node.hint), None)
             if other is not None:
                 right.remove(other)
                 bool(sizes[one] == sizes[other])
+
+
+def _without_common(left: sympy.Expr, right: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """Return the sides of an equation without what they share: of ``a + b == 2*a``, ``b`` and ``a``."""
+    terms = sympy.Add.make_args(sympy.expand(left - right))
+    negative = [term for term in terms if term.could_extract_minus_sign()]
+    return sympy.Add(*(term for term in terms if term not in negative)), -sympy.Add(*negative)
 
 
 def _factors(side: sympy.Expr, sizes: Mapping[sympy.Symbol, Any]) -> list[sympy.Symbol]:

@@ -55,6 +55,7 @@ class Regions:
             inductor={"static_input_idxs": list(static)},
             replayer=self._replayer,
             composition=lambda wiring, calls: self.compiled,
+            bounds={},
         ).compile(gm, examples)
 
     def _replayer(self, region: Region, compiled: Any, cut_out: CutOut | None) -> Any:

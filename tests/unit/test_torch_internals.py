@@ -396,7 +396,17 @@ def test_a_region_without_symbols_admits_its_only_sizes():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("8*{s}", 72), ("{s}", 9), ("4", 4), ("2*{s} + 1", 19), ("4*({s}//2)", 16), ("{s}**2", 81)]
+    ("text", "value"),
+    [
+        ("8*{s}", 72),
+        ("{s}", 9),
+        ("4", 4),
+        ("2*{s} + 1", 19),
+        ("4*({s}//2)", 16),
+        ("{s}**2", 81),
+        ("Max(2, {s} - 4, 1)", 5),
+        ("Min({s}, FloorDiv({s}, 2))", 4),
+    ],
 )
 def test_expressions_in_text_are_read_back(text: str, value: int):
     shapes, symbol = shapes_of(lambda x: x * 2, 6)

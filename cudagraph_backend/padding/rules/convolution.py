@@ -50,10 +50,12 @@ def convolution_backward(call: Call) -> Results:
     grad, image = call["grad_output"], call.only("input", "grad_output")
     if grad.row_dim != 0 or image.row_dim != 0:
         raise RefusePadding("convolves over the padded rows")
-    summed = RefusePadding("sums over the padded rows")
-    zero_grad, zero_image = grad.holds(Fact.ZERO), image.holds(Fact.ZERO)
+    _, of_weight, of_bias = call["output_mask"]
     grad_image, *_ = call.each(Fact.REPLICA)
-    return (grad_image, FREE if zero_grad and zero_image else summed, FREE if zero_grad else summed)
+    for operand, is_summed in ((grad, of_weight or of_bias), (image, of_weight)):
+        if is_summed and not operand.holds(Fact.ZERO):
+            call.fill(operand, 0, "sums over the padded rows")
+    return (grad_image, FREE, FREE)
 
 
 def _over_last(count: int, *operators: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 import sympy
 import torch
 
-from ..call import Call, by_place, leaves, one_line, rule
+from ..call import Call, by_place, is_exact, leaves, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order, meet
 
 #: Operators whose indices count from the front only.
@@ -154,13 +154,24 @@ def searchsorted(call: Call) -> Results:
         call.only("self")
         return call.keep(Fact.NOTHING)
     if boundaries.row_dim == len(boundaries.shape) - 1:
-        raise RefusePadding("searches among the padded rows")
+        return _among_rows(call, boundaries, entries)
     if not isinstance(entries, Operand):
         return call.keep(Fact.NOTHING)
     if entries.place == -1 and boundaries.rows is FREE:
         return call.keep(Fact.NOTHING)
     meet(*call.operands)
     return call.keep(Fact.NOTHING)
+
+
+def _among_rows(call: Call, boundaries: Operand, entries: object) -> Results:
+    """Finds how many rows are less than an entry, of integers: padded ones, the greatest there is, are not."""
+    otherwise = "searches among the padded rows"
+    is_left = not call["right"] and call["side"] in (None, "left") and call["sorter"] is None
+    is_known = isinstance(entries, Operand) and is_exact(entries.dtype) and is_exact(boundaries.dtype)
+    if not is_left or not is_known or len(boundaries.shape) > 1 or not boundaries.together:
+        raise RefusePadding(otherwise)
+    call.fill(boundaries, "highest", otherwise)
+    return call.keep(Fact.NOTHING, entries) if entries.rows else FREE  # type: ignore[union-attr, arg-type]
 
 
 @rule("aten::index_reduce")
@@ -173,7 +184,15 @@ def index_reduce(call: Call) -> Results:
     return call.keep(Fact.REPLICA)
 
 
-@rule("aten::_unsafe_masked_index_put_accumulate", line=one_line)
+def _by_place_of_index(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
+    """Puts rows on one line that meet at a dim of the indices, which in the values and their mask come first."""
+    indices = _by_dim(call["indices"])
+    if call["self"].axes or [*indices] != [*range(len(indices))]:
+        return 0
+    return rows.dim - (len(operand.shape) if name == "indices" else max(len(one.shape) for one in indices.values()))
+
+
+@rule("aten::_unsafe_masked_index_put_accumulate", line=_by_place_of_index)
 def masked_index_add(call: Call) -> Results:
     """Adds to a tensor free of rows where a mask of the values' shape allows; indices need not be valid elsewhere."""
     mask, values = call["mask"], call["values"]

@@ -6,10 +6,10 @@ Which of them a library returns may depend on how many matrices it gets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from ..call import Call, one_line, rule
-from ..lattice import Fact, Operand, RefusePadding, Results
+from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows
 
 #: How many last dims of each tensor belong to one matrix, vector or list of pivots.
 _INNER: Mapping[str, Mapping[str, int]] = {
@@ -144,17 +144,43 @@ def _place(*operands: Operand) -> int:
     return next(operand.place for operand in operands if operand.place is not None)
 
 
-@rule("aten::_cdist_forward")
+def _of_distance(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
+    """Names a row dim: the points of either set, which in distances are the last two dims, or one of the batch."""
+    place = rows.dim - len(operand.shape)
+    if name == "x2" and place == -2:
+        return -1
+    return "coordinates" if name in ("x1", "x2") and place == -1 else place
+
+
+@rule("aten::_cdist_forward", line=_of_distance)
 def distances(call: Call) -> Results:
-    """Measures from each row of ``x1`` to each of ``x2``, with rows along the batch, or along the rows of either."""
+    """Measures the distance of each point of one set from each of the other."""
     first, second = call["x1"], call["x2"]
-    places = {first.place, second.place} - {None}
-    (place, *others) = places
-    if place < -2 and not others:
-        first.check_place(place)
-        second.check_place(place)
-    elif place != -2 or (first.rows and second.rows):
-        raise RefusePadding("works over the padded rows")
-    elif call["p"] == 2 and call["compute_mode"] in (None, 0):
+    by_point = -2 in (first.place, second.place)
+    if by_point and call["p"] == 2 and call["compute_mode"] in (None, 0):
         raise RefusePadding("from 25 rows on, distances are computed in another, less exact way")
+    if second.place == -2 and first.rows is FREE:
+        return call.keep(Fact.REPLICA, second, dim=len(call.result_shape()) - 1)
+    if first.place == -2 and second.rows is FREE:
+        return call.keep(Fact.REPLICA, first, dim=len(call.result_shape()) - 2)
+    if first.place is None or first.place != second.place or first.place >= -2:
+        raise RefusePadding("works over the padded rows")
     return call.keep(Fact.REPLICA)
+
+
+@rule("aten::_cdist_backward", line=_of_distance)
+def gradients_of_distances(call: Call) -> Results:
+    """Sums for each point of the first set what its distances from the second one's points give."""
+    grad, first, second, distance = (call[name] for name in ("grad", "x1", "x2", "cdist"))
+    if first.place == grad.place == distance.place and second.rows is FREE and first.place is not None:
+        return call.keep(Fact.NOTHING, first)
+    if first.place is None and second.place == -2 and grad.place == distance.place == -1:
+        grad, second, distance = call.aligned([grad, second, distance])
+        call.fill(grad, 0, "sums over the padded rows")
+        for operand in (second, distance):  # finite, and as far apart as a real point
+            if not operand.holds(Fact.REPLICA):
+                call.fill(operand, "last", "sums over the padded rows")
+        return FREE
+    if first.place is None or len({first.place, second.place, grad.place, distance.place}) > 1:
+        raise RefusePadding("works over the padded rows")
+    return call.keep(Fact.NOTHING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cudagraph_backend.torch_internals import draws_as_eager
+
 from ..call import Call, rule
 from ..lattice import Fact, RefusePadding, Results, in_order
 from ..symbolic import product
@@ -19,4 +21,18 @@ def draw(call: Call) -> Results:
     found = call.result_dim()
     if found is None or product(call.result_shape()[: found.dim]) != 1:
         raise RefusePadding("draws random numbers for the rows")
+    return in_order(call.keep(Fact.NOTHING))
+
+
+@rule("aten::multinomial")
+def choose(call: Call) -> Results:
+    """Chooses for each row by the row's own weights, which padded rows must have, too.
+
+    In a bucket a row gets other numbers than at its exact size, of the same distribution, unless eager's are asked for.
+    """
+    weights = call.only("self")
+    if draws_as_eager() or weights.row_dim != 0 or len(weights.shape) != 2:
+        raise RefusePadding("draws random numbers for the rows")
+    if not weights.holds(Fact.REPLICA):
+        call.fill(weights, "last", "draws random numbers for the rows")
     return in_order(call.keep(Fact.NOTHING))
