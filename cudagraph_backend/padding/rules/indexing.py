@@ -171,7 +171,7 @@ def _among_rows(call: Call, boundaries: Operand, entries: object) -> Results:
     if not is_left or not is_known or len(boundaries.shape) > 1 or not boundaries.together:
         raise RefusePadding(otherwise)
     call.fill(boundaries, "highest", otherwise)
-    return call.keep(Fact.NOTHING, entries) if entries.rows else FREE  # type: ignore[union-attr, arg-type]
+    return call.keep(Fact.NOTHING, entries) if entries.rows else FREE  # type: ignore[attr-defined, arg-type]
 
 
 @rule("aten::index_reduce")
