@@ -26,6 +26,8 @@ from cudagraph_backend.torch_internals import dispatch_to_proxies, expr, mark_vi
 
 aten = torch.ops.aten
 
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
 #: The dims that a joined dim is made of, by its size.
 Parts: TypeAlias = "dict[sympy.Expr, tuple[sympy.Expr, ...]]"
 
@@ -113,7 +115,7 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
         made = _viewed(graph, node, shape, before=output)
         if made is not None:
             handed_out[index] = made
-            results[index] = _joined_dims(_shape(node), parts)
+            results[index] = _joined_dims(_shape(node), _known_parts(node, parts))
     output.args = (type(output.args[0])(handed_out),)  # type: ignore[operator, assignment]
     if results:
         mark_visible(graph, sorted({*visible_outputs(graph), *results}))
@@ -122,12 +124,18 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
 
 
 def parts_of(graphs: Iterable[Graph]) -> Parts:
-    """Return what the graphs show of joined dims: dims that lie side by side in a tensor, by the product of sizes.
+    """Return what the graphs show of joined dims, at least two of them dynamic, by the product of their sizes."""
+    parts = _parts_in(node for graph in graphs for node in graph.nodes)
+    return {product: run for product, run in parts.items() if len(product.free_symbols) > 1}
 
-    Those whose first dim is the only dynamic one can stay joined: real rows are together.
+
+def _parts_in(nodes: Iterable[Node]) -> Parts:
+    """Return dims that lie side by side in a tensor, by the product of their sizes.
+
+    Where those whose first dim is the only dynamic one could be meant, these: they can stay joined.
     """
     runs: dict[tuple[sympy.Expr, ...], None] = {}
-    for shape in dict.fromkeys(_shape(node) for graph in graphs for node in graph.nodes):
+    for shape in dict.fromkeys(map(_shape, nodes)):
         for first, last in combinations(range(len(shape) + 1), 2):
             run = shape[first:last]
             if len(run) > 1 and 1 not in run and any(size.free_symbols for size in run):
@@ -153,9 +161,15 @@ def _apart(node: Any, parts: Parts) -> tuple[sympy.Expr, ...] | None:
     val = node.meta.get("val")
     if not isinstance(val, torch.Tensor) or val.layout != torch.strided:
         return None
-    shape = _shape(node)
+    shape, parts = _shape(node), _known_parts(node, parts)
     apart = tuple(part for size in shape for part in _parts(size, parts))
     return apart if len(apart) > len(shape) else None
+
+
+def _known_parts(node: Node, parts: Parts) -> Parts:
+    """Return ``parts``, and what is known of those of ``node``: it is a view of them, or they are views of it."""
+    around = [read for read in node.all_input_nodes if node.target in _VIEWS]
+    return {**parts, **_parts_in([*around, *(user for user in node.users if user.target in _VIEWS)])}
 
 
 def _parts(size: sympy.Expr, parts: Parts) -> tuple[sympy.Expr, ...]:

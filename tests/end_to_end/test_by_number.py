@@ -162,3 +162,127 @@ def test_explain_names_the_operators_that_are_counted(device):
     torch._dynamo.mark_dynamic(x, 0)
     step(x)
     assert "by the number of real rows: aten::mean" in sg.explain()
+
+
+def similar_pairs(z):
+    """The NT-Xent loss: both halves of ``[2n]`` are joined end to end, and told apart again."""
+    z = F.normalize(torch.cat([z.sin(), z.cos()]), dim=1)
+    n = z.shape[0] // 2
+    similar = (z @ z.T * 2).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf"))
+    places = torch.arange(n, device=z.device)
+    return F.cross_entropy(similar, torch.cat([places + n, places])) + z[:n].sum() * z[n:].mean()
+
+
+def triplets(z):
+    distance = torch.cdist(z, z.sin(), compute_mode="donot_use_mm_for_euclid_dist")
+    return distance.amax(1) - distance.sum(0)
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 2))
+
+    def forward(self, x):
+        return self.body(x.view(-1, 2, 2, 2))
+
+
+class Positions(nn.Module):
+    """A bias by relative position, as T5 has: the gradient adds up over queries and keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 2)
+
+    def forward(self, x):
+        at = torch.arange(x.shape[0], device=x.device)
+        bias = self.table((at[None] - at[:, None]).clamp(-4, 3) + 4)
+        return (bias.permute(2, 0, 1) * x[:, 0]).softmax(-1) @ x
+
+
+class Sequences(nn.Module):
+    """Batches in the second dim, joined with the first in every linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    def forward(self, x):
+        return self.layer(torch.stack([x, x.sin(), x.cos()])).mean(0)
+
+
+TRAINED = {
+    "similar pairs": lambda: similar_pairs,
+    "triplets": lambda: triplets,
+    "images": Images,
+    "positions": Positions,
+    "sequences": Sequences,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_training(name, device):
+    torch.manual_seed(0)
+    function = TRAINED[name]()
+    weights = [*function.to(device).parameters()] if isinstance(function, nn.Module) else []
+    call = compiled(function, capture_sizes=BUCKETS)
+
+    def gradients(run, x):
+        x = x.clone().requires_grad_()
+        torch._dynamo.mark_dynamic(x, 0)
+        return torch.autograd.grad(run(x).sin().sum(), [x, *weights])
+
+    for n in SIZES:
+        x = torch.randn(n, 8, device=device)
+        torch.testing.assert_close(gradients(call, x), gradients(function, x), rtol=1e-3, atol=1e-4)
+    found = re.findall(r"buckets: ([\d, ]+) \(", sg.explain())  # convolutions are compiled anew for larger batches
+    assert len(found) >= 2 and {size for sizes in found for size in sizes.split(", ")} == {"8", "32"}, sg.explain()
+    assert sg.stats().fallbacks == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags(mode, options, device):
+    """Bags and what is in them change, some bags are empty; forwards, backwards, and calls without gradients."""
+    torch.manual_seed(0)
+    module = nn.EmbeddingBag(20, 4, mode=mode, **options).to(device)
+    call = compiled(module)
+    for many, bags in [(9, 4), (14, 5), (31, 7), (12, 3), (6, 9), (40, 12), (33, 8)]:
+        indices = ints(20, many, device=device)
+        offsets = torch.cat([indices.new_zeros(1), ints(many, bags - 1, device=device).sort().values])
+        with torch.no_grad():
+            torch.testing.assert_close(call(indices, offsets), module(indices, offsets))
+        got, wanted = (torch.autograd.grad(run(indices, offsets).sin().sum(), module.weight) for run in (call, module))
+        torch.testing.assert_close(got, wanted)
+    assert "one graph per size" not in sg.explain(), sg.explain()
+
+
+@pytest.mark.slow
+def test_rows_are_chosen_by_their_own_weights(device):
+    """Each row can only choose one thing; the same seed and size give the same choices."""
+    call = compiled(lambda x: torch.multinomial(x.softmax(-1), 2, replacement=True), capture_sizes=BUCKETS)
+    for n in SIZES:
+        only = ints(6, n, device=device)
+        x = F.one_hot(only, 6) * 200.0
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(call(x), only[:, None].expand(-1, 2))
+    chosen = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        chosen.append(call(torch.zeros(17, 6, device=device)))
+    assert torch.equal(*chosen)
+    assert chosen[0].unique().numel() > 3
+    assert re.search(r"buckets: 8, 32 \(", sg.explain()), sg.explain()
+
+
+@pytest.mark.slow
+def test_eagers_own_numbers_are_not_drawn_in_buckets():
+    with torch._inductor.config.patch(fallback_random=True):
+        call = compiled(lambda x: torch.multinomial(x.exp(), 1), capture_sizes=BUCKETS)
+        for n in (5, 9):
+            x = torch.zeros(n, 6)
+            torch._dynamo.mark_dynamic(x, 0)
+            call(x)
+    assert "draws random numbers for the rows" in sg.explain()
