@@ -263,7 +263,7 @@ def draw_texts(sizes: Texts, device: torch.device) -> list[Batch]:
     """
     fewest, most = sizes.texts
     shapes = [(texts, n) for texts in range(fewest, most + 1) for n in range(sizes.tokens[0], sizes.tokens[1] + 1)]
-    batches = []
+    batches: list[Batch] = []
     for shape in random.Random(0).sample(shapes, sizes.batches):
         ids = torch.randint(PADDING_TOKEN + 1, sizes.vocabulary, shape, device=device)
         labels = ids.masked_fill(torch.rand(shape, device=device) < 0.1, IGNORED)

@@ -22,7 +22,7 @@ from cudagraph_backend.padding.alignment import ROUNDED_TO, is_rounded, padded_b
 from cudagraph_backend.padding.editor import Editor, value
 from cudagraph_backend.padding.lattice import RefusePadding
 from cudagraph_backend.region import SizeInput
-from cudagraph_backend.torch_internals import dispatch_to_proxies, expr, mark_visible, visible_outputs
+from cudagraph_backend.torch_internals import dispatch_to_proxies, expr, mark_visible, same_storage, visible_outputs
 
 aten = torch.ops.aten
 
@@ -85,11 +85,23 @@ class Joined:
                 args[index] = args[index].view(shape(*sizes))
             results = list(call(args))
             for index, dims in self.results.items():
-                for first, last in dims:
-                    results[index] = results[index].flatten(first, last)
+                results[index] = _joined(results[index], dims)
             return results
 
         return call_apart
+
+
+def _joined(result: torch.Tensor, dims: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Return a result with dims joined, on the same memory where that can be: but it is no view of anything.
+
+    AOTAutograd makes views itself, and autograd lets nobody write to those that it does not know.
+    """
+    joined = result
+    for first, last in dims:
+        joined = joined.flatten(first, last)
+    if joined.untyped_storage()._cdata != result.untyped_storage()._cdata:
+        return joined
+    return same_storage(result, joined.shape, joined.stride(), joined.storage_offset())
 
 
 def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:

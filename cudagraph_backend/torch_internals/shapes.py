@@ -165,6 +165,8 @@ def unify_factors(gm: torch.fx.GraphModule) -> None:
 
 def _without_common(left: sympy.Expr, right: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """Return the sides of an equation without what they share: of ``a + b == 2*a``, ``b`` and ``a``."""
+    if not left.free_symbols & right.free_symbols:
+        return left, right
     terms = sympy.Add.make_args(sympy.expand(left - right))
     negative = [term for term in terms if term.could_extract_minus_sign()]
     return sympy.Add(*(term for term in terms if term not in negative)), -sympy.Add(*negative)

@@ -236,3 +236,20 @@ def test_the_strides_of_an_argument_may_hold_the_length(device):
         lambda b, s: [torch.randn(b, s, 8, device=device), tokens(8, b, s, device=device)],
         trains=True,
     )
+
+
+@pytest.mark.slow
+def test_a_joined_result_may_be_changed_in_place(device):
+    weight = WEIGHT.to(device)
+    call = compiled(lambda x: (x.reshape(-1, 8) @ weight).sin())
+    for sizes in SIZES:
+        x = torch.randn(*sizes, 8, device=device)
+        given = [x.clone().requires_grad_() for _ in range(2)]
+        results = [
+            run(one) for run, one in zip((call, lambda x: (x.reshape(-1, 8) @ weight).sin()), given, strict=True)
+        ]
+        for result in results:
+            result.mul_(2)
+            result.cos().sum().backward()
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-4, atol=1e-5)

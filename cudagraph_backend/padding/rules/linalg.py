@@ -163,7 +163,9 @@ def distances(call: Call) -> Results:
         return call.keep(Fact.REPLICA, second, dim=len(call.result_shape()) - 1)
     if first.place == -2 and second.rows is FREE:
         return call.keep(Fact.REPLICA, first, dim=len(call.result_shape()) - 2)
-    if first.place is None or first.place != second.place or first.place >= -2:
+    for each in (first, second):
+        each.check_place(_place(first, second))
+    if _place(first, second) >= -2:
         raise RefusePadding("works over the padded rows")
     return call.keep(Fact.REPLICA)
 
