@@ -101,7 +101,7 @@ def _joined(result: torch.Tensor, dims: Iterable[tuple[int, int]]) -> torch.Tens
         joined = joined.flatten(first, last)
     if joined.untyped_storage()._cdata != result.untyped_storage()._cdata:
         return joined
-    return same_storage(result, joined.shape, joined.stride(), joined.storage_offset())
+    return same_storage(result, joined.shape, joined.stride(), int(joined.storage_offset()))
 
 
 def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
