@@ -40,8 +40,8 @@ def save_apart(forward: GraphModule, backward: GraphModule, returned: int) -> No
     results = list(output.args[0])  # type: ignore[arg-type]
     for i, node in enumerate(results[returned:], start=returned):
         reader = read.get(node.name) if isinstance(node, Node) and node.op == "call_function" else None
-        if reader is None or _shape(reader) != _shape(node):
-            continue
+        if reader is None or _shape(reader) != _shape(node) or node in results[:returned]:
+            continue  # what is also returned is one tensor, so that autograd knows when it was changed
         if _is_rounded_up(node):
             whole = padded_behind(node) or _cut(forward.graph, node, before=output)
             if whole.op == "call_function":
@@ -63,11 +63,14 @@ class Joined:
     Attributes:
         arguments: their shapes in the graph, by index.
         results: the first and the last of the dims that are joined, one pair after the other, by index.
+        again: where a joined result is returned once more, and which one. It must be one tensor: if it is also saved,
+            only so does autograd know when it was changed.
         sizes: where the sizes are read, by symbol.
     """
 
     arguments: Mapping[int, tuple[sympy.Expr, ...]]
     results: Mapping[int, tuple[tuple[int, int], ...]]
+    again: Mapping[int, int]
     sizes: Mapping[sympy.Symbol, SizeInput]
 
     def __bool__(self) -> bool:
@@ -86,6 +89,8 @@ class Joined:
             results = list(call(args))
             for index, dims in self.results.items():
                 results[index] = _joined(results[index], dims)
+            for index, first in self.again.items():
+                results[index] = results[first]
             return results
 
         return call_apart
@@ -109,10 +114,12 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
     graph, parts = module.graph, parts_of([module.graph])
     inputs = graph.find_nodes(op="placeholder")
     found = {size.size: size for size in size_inputs(example_inputs) if isinstance(size.size, sympy.Symbol)}
-    arguments, results = {}, {}
+    arguments: dict[int, tuple[sympy.Expr, ...]] = {}
+    results: dict[int, tuple[tuple[int, int], ...]] = {}
+    again: dict[int, int] = {}
     written = {node.args[0] for node in graph.find_nodes(op="call_function", target=aten.copy_.default)}
     output = graph.output_node()
-    handed_out = [*output.args[0]]  # type: ignore[arg-type]
+    handed_out: list[Any] = [*output.args[0]]  # type: ignore[misc]
     for index, node in enumerate(inputs):
         shape = _apart(node, parts) if node not in written and node not in handed_out else None
         if shape is None or any(size.free_symbols - found.keys() for size in shape):
@@ -120,19 +127,24 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
         with_parts = _fake_view(graph, node, shape)
         if with_parts is not None and _take_argument_apart(graph, node, with_parts):
             arguments[index] = shape
-    for index, node in enumerate(handed_out):
+    for node in dict.fromkeys(handed_out):
         shape = _apart(node, parts) if isinstance(node, Node) and node.op == "call_function" else None
-        if shape is None or handed_out.count(node) > 1 or not node.meta["val"].is_contiguous():
+        if shape is None or not node.meta["val"].is_contiguous():
             continue
+        dims = _joined_dims(_shape(node), _known_parts(node, parts))
         made = _viewed(graph, node, shape, before=output)
         if made is not None:
-            handed_out[index] = made
-            results[index] = _joined_dims(_shape(node), _known_parts(node, parts))
+            first, *more = [index for index, one in enumerate(handed_out) if one is node]
+            results[first] = dims
+            again.update(dict.fromkeys(more, first))
+            handed_out[first] = made
+            for index in more:
+                handed_out[index] = None
     output.args = (type(output.args[0])(handed_out),)  # type: ignore[operator, assignment]
     if results:
         mark_visible(graph, sorted({*visible_outputs(graph), *results}))
     module.recompile()
-    return Joined(arguments, results, found)
+    return Joined(arguments, results, again, found)
 
 
 def parts_of(graphs: Iterable[Graph]) -> Parts:

@@ -144,7 +144,8 @@ def unify_factors(gm: torch.fx.GraphModule) -> None:
     """Let sizes be one whose products are guarded to be equal, as those of ``[B*S, V]`` logits and ``[B*S]`` labels.
 
     A product tells nothing of its factors, and they need not be equal. Where they are, one by one, in the call that is
-    compiled, a guard says so from now on: other calls are compiled for themselves.
+    compiled, a guard says so from now on: other calls are compiled for themselves. Sizes that the user has bounded are
+    left alone, as torch raises where a guard narrows what was promised.
     """
     values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
     tensors = [value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided]
@@ -158,9 +159,15 @@ def unify_factors(gm: torch.fx.GraphModule) -> None:
         left, right = (_factors(side, sizes) for side in (*_without_common(*sides),))
         for one in left if len(left) == len(right) > 0 else ():
             other = next((each for each in right if sizes[each].node.hint == sizes[one].node.hint), None)
-            if other is not None:
+            if other is not None and not any(_is_bounded(env, symbol) for symbol in (one, other)):
                 right.remove(other)
                 bool(sizes[one] == sizes[other])
+
+
+def _is_bounded(env: Any, symbol: sympy.Symbol) -> bool:
+    """Return whether the user has said how large a size may be, for which compiled code must hold."""
+    upper = env.var_to_range[symbol].upper
+    return isinstance(upper, sympy.Integer) and int(upper) < 2**31
 
 
 def _without_common(left: sympy.Expr, right: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:

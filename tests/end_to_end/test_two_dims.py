@@ -253,3 +253,32 @@ def test_a_joined_result_may_be_changed_in_place(device):
             result.cos().sum().backward()
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SIZES[1:])
+def test_a_result_that_was_saved_may_not_be_changed_in_place(sizes, device):
+    """Where the bucket is the exact size, too, where what is saved and what is handed out share memory."""
+    call = compiled(lambda x: (x.reshape(-1, 8) @ WEIGHT.to(x.device)).exp())
+    for each in (SIZES[0], (6, 7), sizes):
+        x = torch.randn(*each, 8, device=device, requires_grad=True)
+        result = call(x)
+        loss = result.sum()
+        with torch.no_grad():
+            result.detach().mul_(100)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.slow
+def test_sizes_with_bounds_are_not_unified(device):
+    def loss(x, i):
+        return F.cross_entropy(x.reshape(-1, 8), i.reshape(-1))
+
+    call = compiled(loss)
+    for sizes in [(3, 5), (4, 6), (5, 7)]:
+        x, i = torch.randn(*sizes, 8, device=device), tokens(8, *sizes, device=device)
+        for one, batch, length in ((x, 64, 128), (i, 32, 256)):
+            torch._dynamo.mark_dynamic(one, 0, min=2, max=batch)
+            torch._dynamo.mark_dynamic(one, 1, min=2, max=length)
+        torch.testing.assert_close(call(x, i), loss(x, i))

@@ -77,15 +77,19 @@ class _Bags:
             rows = aten.mul.Tensor(
                 rows, convert(aten.unsqueeze.default(self.site["per_sample_weights"], 1), value(rows).dtype)
             )
-        counts = self._counts(value(rows).dtype)
-        return rows if counts is None else aten.mul.Tensor(rows, aten.unsqueeze.default(counts, 1))
+        counts = self._counts()
+        if counts is None:
+            return rows
+        nothing = self.editor.constant(0.0, value(rows).dtype)
+        made: Proxy = aten.where.self(aten.unsqueeze.default(counts, 1), rows, nothing)  # whatever the row holds
+        return made
 
     def sizes(self) -> Proxy:
         """Return how many indices count in each bag."""
-        counts = self._counts(torch.float32)
+        counts = self._counts()
         if counts is None:
-            counts = self.editor.constant(1.0, torch.float32, [self.site.size(self.site["indices"], 0)])
-        return self.added(counts)
+            return self.added(self.editor.constant(1.0, torch.float32, [self.site.size(self.site["indices"], 0)]))
+        return self.added(convert(counts, torch.float32))
 
     def averaged(self, rows: Proxy) -> Proxy:
         """Return one row per bag, divided by the bag's size where bags are means."""
@@ -95,11 +99,11 @@ class _Bags:
         made: Proxy = aten.div.Tensor(rows, aten.unsqueeze.default(sizes, 1))
         return made
 
-    def _counts(self, dtype: torch.dtype) -> Any:
+    def _counts(self) -> Any:
         padding = self.site["padding_idx"]
         if padding is None or padding < 0:
             return None
-        return convert(aten.ne.Scalar(self.site["indices"], padding), dtype)
+        return aten.ne.Scalar(self.site["indices"], padding)
 
 
 def _precise(x: Proxy) -> Proxy:
