@@ -358,7 +358,7 @@ def _mixtures() -> Iterator[Architecture]:
             name = f"{family} (experts: batched_mm)"
             yield Architecture(name, "mixture of experts", gathering, _prompt)
     looping = partial(_with_experts, partial(_hugging_face, "MixtralForCausalLM", **settings), "eager")
-    yield Architecture("Mixtral (experts: eager)", "mixture of experts", looping, _prompt, "has a dynamic stride")
+    yield Architecture("Mixtral (experts: eager)", "mixture of experts", looping, _prompt)
 
 
 def _with_experts(model: Callable[[], Any], implementation: str) -> nn.Module:

@@ -34,6 +34,7 @@ PROGRAMS = {
     "last row": lambda x, i: x.exp()[-1] * 2,
     "reversed": lambda x, i: x.flip(0) + x,
     "joined": lambda x, i: torch.cat([x, x[:1]]).exp(),
+    "stacked": lambda x, i: torch.stack([x, -x]).reshape(-1, 8),
 }
 
 

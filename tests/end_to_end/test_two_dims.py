@@ -43,7 +43,8 @@ def check(function: Callable[..., object], make: Callable[[int, int], list[Tenso
             arguments = make(*sizes)
             wanted, got = outcome(function, arguments), outcome(call, arguments)
             torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
-            assert [one.stride() for one in got[:1]] == [one.stride() for one in wanted[:1]]
+            if function in JOINED.values():
+                assert got[0].stride() == wanted[0].stride()
             del got  # what is kept makes the next call write elsewhere, with a graph of its own
     assert sg.stats().captures == before  # in the last pass
     assert sg.stats().fallbacks == {}
@@ -56,18 +57,21 @@ def is_padded_throughout() -> bool:
     return any(replayer.region.dims for replayer in sharedgraph.regions()) and "one graph per size" not in sg.explain()
 
 
-WEIGHT = torch.linspace(-1, 1, 40).view(8, 5)
+def weight(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, 40, device=x.device).view(8, 5)
+
+
 JOINED = {
-    "joined result": lambda x, i: x.reshape(-1, 8) @ WEIGHT.to(x.device),
+    "joined result": lambda x, i: x.reshape(-1, 8) @ weight(x),
     "joined result and another": lambda x, i: (x.reshape(-1, 8).relu(), x.exp()),
-    "joined and apart again": lambda x, i: (x.reshape(-1, 8) @ WEIGHT.to(x.device)).view(*x.shape[:2], 5).cumsum(1),
+    "joined and apart again": lambda x, i: (x.reshape(-1, 8) @ weight(x)).view(*x.shape[:2], 5).cumsum(1),
     "three dims in one": lambda x, i: x.flatten().exp(),
     "a mean over both": lambda x, i: x.reshape(-1, 8).mean(0) + x.mean(),
     "cross entropy": lambda x, i: F.cross_entropy(x.view(-1, 8), i.view(-1)),
     "cross entropy, some ignored": lambda x, i: F.cross_entropy(x.view(-1, 8), i.view(-1), ignore_index=3),
     "shifted by one": lambda x, i: F.cross_entropy(x[:, :-1].reshape(-1, 8), i[:, 1:].reshape(-1)),
     "padded and shifted": lambda x, i: F.cross_entropy(x.view(-1, 8), F.pad(i, (0, 1), value=-100)[:, 1:].reshape(-1)),
-    "last token": lambda x, i: x[torch.arange(x.shape[0], device=x.device), i[:, 0] % x.shape[1]] * 2,
+    "last token": lambda x, i: x[torch.arange(x.shape[0], device=x.device), (x[..., 0] > 0).sum(1) - 1] * 2,
     "masked mean": lambda x, i: (x * (i > 2)[..., None]).sum(1) / (i > 2).sum(1, keepdim=True).clamp(min=1),
     "a part written": lambda x, i: torch.slice_scatter(x.exp(), x[:, 1:].cos(), 1, 0, -1),
 }
@@ -240,14 +244,14 @@ def test_the_strides_of_an_argument_may_hold_the_length(device):
 
 @pytest.mark.slow
 def test_a_joined_result_may_be_changed_in_place(device):
-    weight = WEIGHT.to(device)
-    call = compiled(lambda x: (x.reshape(-1, 8) @ weight).sin())
+    def function(x):
+        return (x.reshape(-1, 8) @ weight(x)).sin()
+
+    call = compiled(function)
     for sizes in SIZES:
         x = torch.randn(*sizes, 8, device=device)
         given = [x.clone().requires_grad_() for _ in range(2)]
-        results = [
-            run(one) for run, one in zip((call, lambda x: (x.reshape(-1, 8) @ weight).sin()), given, strict=True)
-        ]
+        results = [run(one) for run, one in zip((call, function), given, strict=True)]
         for result in results:
             result.mul_(2)
             result.cos().sum().backward()
@@ -259,7 +263,7 @@ def test_a_joined_result_may_be_changed_in_place(device):
 @pytest.mark.parametrize("sizes", SIZES[1:])
 def test_a_result_that_was_saved_may_not_be_changed_in_place(sizes, device):
     """Where the bucket is the exact size, too, where what is saved and what is handed out share memory."""
-    call = compiled(lambda x: (x.reshape(-1, 8) @ WEIGHT.to(x.device)).exp())
+    call = compiled(lambda x: (x.reshape(-1, 8) @ weight(x)).exp())
     for each in (SIZES[0], (6, 7), sizes):
         x = torch.randn(*each, 8, device=device, requires_grad=True)
         result = call(x)

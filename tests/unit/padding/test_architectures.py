@@ -1,23 +1,18 @@
-"""Architectures that people serve, and programs that they train: each has the verdict that is told, true when run.
+"""Architectures that people serve: each has the verdict that the catalogue tells, and it is true when run.
 
-A part of the catalogue that covers every kind, and all programs; ``python -m tests.architectures`` checks all of the
-catalogue in some minutes.
+A part of the catalogue that covers every kind; ``python -m tests.architectures`` checks all of it in some minutes.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from tests.architectures import judging
 from tests.architectures.catalogue import ARCHITECTURES, Architecture
-from tests.architectures.program import CALLS, PADDED
-from tests.architectures.programs import PROGRAMS
 from tests.architectures.verdicts import findings, surprise
 
 TABLE = Path(__file__).parents[3] / "docs" / "padding_models.md"
@@ -39,7 +34,6 @@ CHECKED = {
     "CNN": ["ConvNeXt (plain torch)", "ResNet (plain torch)", "UNet (plain torch)"],
 }
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
-PROGRAM = {program.name: program for program in PROGRAMS}
 
 
 @pytest.fixture(autouse=True)
@@ -77,40 +71,3 @@ def test_a_wrong_expectation_is_told():
 def test_the_table_lists_every_architecture_with_its_verdict():
     rows = re.findall(r"^\| (.+?) \| \d+ \| (padded|partly|refused) \|", TABLE.read_text(), re.MULTILINE)
     assert [(name, verdict == "padded") for name, verdict in rows] == [(a.name, not a.refused) for a in ARCHITECTURES]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "mode"), [(program.name, mode) for program in PROGRAMS for mode in program.modes])
-def test_program(name, mode):
-    """Every dim has its verdict, and results, gradients and buffers are eager's at all sizes."""
-    assert judging.surprise(PROGRAM[name], mode, judging.judge(PROGRAM[name], mode)) is None
-
-
-def test_programs_have_names_of_their_own():
-    assert len(PROGRAM) == len(PROGRAMS)
-
-
-def test_a_size_tells_its_dim():
-    sizes = [size for lengths in CALLS.values() for size in set(lengths)]
-    assert len(sizes) == len(set(sizes))
-
-
-def _wrong_verdicts():
-    program, batch = PROGRAM["Matrix factorisation"], "batch"
-    yield program, {batch: "any reason"}, "is not to be padded for 'any reason'"
-    yield program, {batch: PADDED, "length": PADDED}, "dims are ['batch']"
-    yield PROGRAM["DLRM (bags of five)"], {batch: PADDED}, "batch is not padded: no padding rule"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("program", "verdicts", "told"), _wrong_verdicts())
-def test_a_wrong_verdict_on_a_program_is_told(program, verdicts, told):
-    wrong = replace(program, training=verdicts)
-    assert told in judging.surprise(wrong, "training", judging.judge(wrong, "training"))
-
-
-@pytest.mark.slow
-def test_wrong_values_of_a_program_are_told():
-    program = PROGRAM["Matrix factorisation"]
-    wrong = replace(program, loss=lambda *args, **batch: program.loss(*args, **batch) + torch.compiler.is_compiling())
-    assert "is not eager's" in judging.surprise(wrong, "training", judging.judge(wrong, "training"))
