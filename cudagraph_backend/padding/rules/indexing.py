@@ -20,6 +20,14 @@ def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
     return 0 if call["self"].axes and indexed else by_place(call, name, operand, rows)
 
 
+def _by_place_of_index(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
+    """Puts rows on one line that meet at a dim of the indices, which in the values and their mask come first."""
+    indices = _by_dim(call["indices"])
+    if call["self"].axes or [*indices] != [*range(len(indices))]:
+        return 0
+    return rows.dim - (len(operand.shape) if name == "indices" else max(len(one.shape) for one in indices.values()))
+
+
 @rule("aten::embedding")
 def embedding(call: Call) -> Results:
     """Looks up each row's indices in a table free of rows."""
@@ -102,7 +110,7 @@ def scatter(call: Call) -> Results:
     return call.keep(Fact.REPLICA)
 
 
-@rule("aten::index_put", "aten::_unsafe_index_put", line=one_line)
+@rule("aten::index_put", "aten::_unsafe_index_put", line=_by_place_of_index)
 def index_put(call: Call) -> Results:
     """Writes ``values`` where ``indices`` say."""
     return _writes(call, _by_dim(call["indices"]), call["values"], call["accumulate"])
@@ -182,14 +190,6 @@ def index_reduce(call: Call) -> Results:
     if call["index"].rows is not FREE or operand.dim(call["dim"]) == operand.row_dim:
         raise RefusePadding("writes to rows by numbers")
     return call.keep(Fact.REPLICA)
-
-
-def _by_place_of_index(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
-    """Puts rows on one line that meet at a dim of the indices, which in the values and their mask come first."""
-    indices = _by_dim(call["indices"])
-    if call["self"].axes or [*indices] != [*range(len(indices))]:
-        return 0
-    return rows.dim - (len(operand.shape) if name == "indices" else max(len(one.shape) for one in indices.values()))
 
 
 @rule("aten::_unsafe_masked_index_put_accumulate", line=_by_place_of_index)
