@@ -26,7 +26,7 @@ from cudagraph_backend.torch_internals import dispatch_to_proxies, expr, mark_vi
 
 aten = torch.ops.aten
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_VIEWS = (aten.view.default, aten.reshape.default)
 
 #: The dims that a joined dim is made of, by its size.
 Parts: TypeAlias = "dict[sympy.Expr, tuple[sympy.Expr, ...]]"

@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...], 
     "rows of none": (lambda x: weights(0, 4).view(x.shape[0], 0), (6,), set()),
     "part at the size": (lambda x: weights(9, 7)[x.shape[0] : x.shape[0] + 2] * x[0], (6, 7), set()),
     "split what is left of rows": (lambda x: x[1:].view(-1, 2, 2) * 1, (6, 4), {0}),
-    "merge what is left of rows": (lambda x: x[1:].reshape(-1) * 1, (6, 7), set()),
+    "merge what is left of rows": (lambda x: x[1:].reshape(-1) * 1, (6, 7), {0}),
     "cut from inside what is left": (lambda x: x.repeat_interleave(2, 0)[1:][x.shape[0] :] * 1, (6, 7), {1}),
     "triangle of blocks": (lambda x: torch.cat([x, x]).tril(), (6, 7), {1}),
     "fixed places among blocks": (
