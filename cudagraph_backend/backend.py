@@ -70,7 +70,8 @@ class Backend:
         debug = debug_of(os.environ.get(DEBUG_ENVIRONMENT))
         names = tuple(InputName.of(source) for source in torch_internals.input_sources(gm))
         without_graphs = _kinds_without_graphs(*torch_internals.take_graph_override(gm))
-        torch_internals.unify_factors(gm)
+        if parsed.pad != "off":
+            torch_internals.unify_factors(gm)
         frame = _FrameCompile(self, parsed, debug, names, without_graphs)
         return torch_internals.compile_regions(
             gm, example_inputs, frame.compile_region, save_apart, dict(parsed.inductor)

@@ -8,6 +8,7 @@ after it, which copies where rows are padded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,10 +22,12 @@ from cudagraph_backend.compile.inputs import size_inputs
 from cudagraph_backend.padding.alignment import ROUNDED_TO, is_rounded, padded_behind
 from cudagraph_backend.padding.editor import Editor, value
 from cudagraph_backend.padding.lattice import RefusePadding
-from cudagraph_backend.region import SizeInput
+from cudagraph_backend.region import SizeInput, evaluate_all
 from cudagraph_backend.torch_internals import dispatch_to_proxies, expr, mark_visible, same_storage, visible_outputs
 
 aten = torch.ops.aten
+
+_SIZES_REMEMBERED = 1024  # combinations, whose shapes are not computed again
 
 _VIEWS = (aten.view.default, aten.reshape.default)
 
@@ -65,7 +68,7 @@ class Joined:
         results: the first and the last of the dims that are joined, one pair after the other, by index.
         again: where a joined result is returned once more, and which one. It must be one tensor: if it is also saved,
             only so does autograd know when it was changed.
-        sizes: where the sizes are read, by symbol.
+        sizes: where the sizes in the arguments' shapes are read, by symbol.
     """
 
     arguments: Mapping[int, tuple[sympy.Expr, ...]]
@@ -78,14 +81,12 @@ class Joined:
 
     def around(self, call: Callable[[list[Any]], Sequence[Any]]) -> Callable[[list[Any]], Sequence[Any]]:
         """Return a call that takes and returns what is joined."""
-        symbols = sorted(self.sizes, key=str)
-        shapes = {index: sympy.lambdify(symbols, shape, modules="math") for index, shape in self.arguments.items()}
-        reads = [self.sizes[symbol] for symbol in symbols]
+        reads = [*self.sizes.values()]
+        shapes_at = functools.lru_cache(_SIZES_REMEMBERED)(self._shapes_at)
 
         def call_apart(args: list[Any]) -> Sequence[Any]:
-            sizes = [read.read(args) for read in reads]
-            for index, shape in shapes.items():
-                args[index] = args[index].view(shape(*sizes))
+            for index, shape in shapes_at(tuple([read.read(args) for read in reads])):
+                args[index] = args[index].view(shape)
             results = list(call(args))
             for index, dims in self.results.items():
                 results[index] = _joined(results[index], dims)
@@ -94,6 +95,10 @@ class Joined:
             return results
 
         return call_apart
+
+    def _shapes_at(self, sizes: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+        values = dict(zip(self.sizes, sizes, strict=True))
+        return [(index, evaluate_all(shape, values)) for index, shape in self.arguments.items()]
 
 
 def _joined(result: torch.Tensor, dims: Iterable[tuple[int, int]]) -> torch.Tensor:
@@ -144,7 +149,8 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
     if results:
         mark_visible(graph, sorted({*visible_outputs(graph), *results}))
     module.recompile()
-    return Joined(arguments, results, again, found)
+    needed = frozenset().union(*(size.free_symbols for shape in arguments.values() for size in shape))
+    return Joined(arguments, results, again, {symbol: found[symbol] for symbol in sorted(needed, key=str)})
 
 
 def parts_of(graphs: Iterable[Graph]) -> Parts:

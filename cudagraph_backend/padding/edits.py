@@ -29,12 +29,14 @@ class Edits:
         operands: what operators' arguments must be given, in the order in which the walk met the operators.
         forms: the operators that were written in another form, by name.
         joins_in_order: whether rows that are joined end to end are moved, so that all real ones come first.
+        found_joined: whether there were any such rows.
     """
 
     editor: Editor
     operands: list[Edit] = field(default_factory=list)
     forms: list[str] = field(default_factory=list)
     joins_in_order: bool = False
+    found_joined: bool = False
     _replaced: dict[Node | None, FormResults] = field(default_factory=dict)
     _kept: frozenset[Node] | None = None
 

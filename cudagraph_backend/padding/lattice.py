@@ -175,9 +175,9 @@ def in_blocks(rows: Rows, blocks: sympy.Expr | None) -> Rows:
     """Return ``rows`` divided as other operands are: possible if all its entries are equal."""
     if rows.blocks is not None or blocks is None:
         return rows
-    if not (rows.more / blocks).is_integer:
-        raise RefusePadding("rows in different places meet")
     per, extra = sympy.expand(rows.count / blocks), sympy.expand(rows.more / blocks)
+    if not (per.is_integer and extra.is_integer):
+        raise RefusePadding("rows in different places meet")
     return Rows(rows.dim, per, rows.holds, blocks, extra)
 
 

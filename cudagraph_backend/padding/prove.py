@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
-import torch
 from torch.fx import Graph, GraphModule
 
 from cudagraph_backend.errors import Refusal
@@ -66,13 +65,7 @@ def prove(
             return Verdict(symbols, None, bool(holds), outputs=walk.run(graph))
         except RefusePadding as refused:
             verdict = _refused(symbols, walk, refused)
-    if not masked:
-        return verdict
-    verdict = _prove_edited(graph, symbols, sizes, filled)
-    if verdict.refusal is None or not graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
-        return verdict
-    in_order = _prove_edited(graph, symbols, sizes, filled, joins_in_order=True)
-    return in_order if in_order.refusal is None else verdict
+    return _prove_edited(graph, symbols, sizes, filled) if masked else verdict
 
 
 def _prove_edited(
@@ -91,7 +84,11 @@ def _prove_edited(
             outputs = walk.run(module.graph)
             edits.finish()
     except RefusePadding as refused:
-        return _refused(symbols, walk, refused)
+        verdict = _refused(symbols, walk, refused)
+        if joins_in_order or not edits.found_joined:
+            return verdict
+        in_order = _prove_edited(graph, symbols, sizes, filled, joins_in_order=True)
+        return in_order if in_order.refusal is None else verdict
     module.recompile()
     counts, masks, forms = tuple(edits.editor.counts), len(edits.operands), tuple(edits.forms)
     return Verdict(symbols, None, True, frozenset(), module, counts, masks, forms, outputs)

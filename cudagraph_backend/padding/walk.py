@@ -101,9 +101,11 @@ class Walk:
 
     def _joins_blocks(self, node: Node, found: Found) -> bool:
         """Return whether rows are joined end to end that are to be in order."""
-        if self.edits is None or not self.edits.joins_in_order or node.target is not torch.ops.aten.cat.default:
+        if self.edits is None or node.target is not torch.ops.aten.cat.default or not isinstance(found, tuple):
             return False
-        return isinstance(found, tuple) and not all(rows.together for rows in found)
+        is_joined = not all(rows.together for rows in found)
+        self.edits.found_joined |= is_joined
+        return is_joined and self.edits.joins_in_order
 
     def _in_other_form(self, node: Node, before: int) -> Found:
         """Return what is known of another form of a node, or why there is none that is not refused."""

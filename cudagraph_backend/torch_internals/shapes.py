@@ -159,7 +159,7 @@ def unify_factors(gm: torch.fx.GraphModule) -> None:
         left, right = (_factors(side, sizes) for side in (*_without_common(*sides),))
         for one in left if len(left) == len(right) > 0 else ():
             other = next((each for each in right if sizes[each].node.hint == sizes[one].node.hint), None)
-            if other is not None and not any(_is_bounded(env, symbol) for symbol in (one, other)):
+            if other is not None and not _is_bounded(env, one) and env.var_to_range[one] == env.var_to_range[other]:
                 right.remove(other)
                 bool(sizes[one] == sizes[other])
 

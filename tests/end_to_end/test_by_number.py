@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cudagraph_backend as sg
+from cudagraph_backend.padding.forms import form
 from tests.support.regions import BUCKETS, SIZES, check, compiled
 
 
@@ -290,3 +291,35 @@ def test_eagers_own_numbers_are_not_drawn_in_buckets():
             torch._dynamo.mark_dynamic(x, 0)
             call(x)
     assert "draws random numbers for the rows" in sg.explain()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_indices_behind_the_last_offset_are_in_no_bag(mode, device):
+    """Forward alone: torch's own gradient reads memory that nobody wrote there (2.13, on a CPU)."""
+    weight = torch.randn(20, 4, device=device)
+
+    def function(indices, offsets):
+        return F.embedding_bag(indices, weight, offsets, mode=mode, include_last_offset=True)
+
+    call = compiled(function)
+    for many in (6, 9, 12, 7, 15):
+        indices, offsets = ints(20, many, device=device), torch.tensor([0, 1, 2, many - 2], device=device)
+        torch.testing.assert_close(call(indices, offsets), function(indices, offsets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_another_form_in_the_forward_alone(mode, options, device, monkeypatch):
+    """What the forward tells of its bags is what the backward's own operator reads."""
+    monkeypatch.delitem(form._FORMS, "aten::_embedding_bag_backward")
+    module = nn.EmbeddingBag(20, 4, mode=mode, **options).to(device)
+    call = compiled(module)
+    for many in (6, 9, 12, 7, 15, 30):
+        indices = ints(20, many, device=device)
+        offsets = torch.cat([indices.new_zeros(1), ints(many, many // 2, device=device).sort().values])
+        got, wanted = (torch.autograd.grad(run(indices, offsets).sin().sum(), module.weight) for run in (call, module))
+        torch.testing.assert_close(got, wanted)
+    assert "by the number of real rows: aten::_embedding_bag)" in sg.explain()
+    assert "no padding rule for this operator (aten._embedding_bag_backward.default)" in sg.explain()

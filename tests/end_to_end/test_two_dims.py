@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 import cudagraph_backend as sg
 from cudagraph_backend import sharedgraph
+from tests.support import models
 from tests.support.regions import compiled
 
 SIZES = [(3, 5), (4, 7), (6, 9), (2, 11), (5, 3), (7, 12), (3, 8), (8, 16), (2, 4)]
@@ -169,31 +170,11 @@ def test_sizes_marked_as_dynamic_may_be_unified(device):
     assert sg.stats().regions == 1
 
 
-def language_model(kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-        return transformers.LlamaForCausalLM(config)
-    config = transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_fine_tuning_a_language_model(kind, device):
     """From token ids, batch and length changing: loss and every gradient as eager's, and captures come to an end."""
-    torch.manual_seed(0)
-    model, eager = language_model(kind).to(device).train(), language_model(kind).to(device).train()
-    eager.load_state_dict(model.state_dict())
+    model, eager = models.build(kind, device), models.build(kind, device)
     call = torch.compile(model, backend="sharedgraph", options={"driver": "host"} if device == "cpu" else {})
 
     def gradients(run, module, ids, labels):
@@ -205,7 +186,7 @@ def test_fine_tuning_a_language_model(kind, device):
     for _ in range(3):
         before = sg.stats().captures
         for batch, length in SIZES:
-            ids = tokens(64, batch, length, device=device)
+            ids = tokens(models.VOCABULARY, batch, length, device=device)
             labels = ids.masked_fill(ids < 5, -100)
             wanted, got = gradients(eager, eager, ids, labels), gradients(call, model, ids, labels)
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
@@ -287,3 +268,26 @@ def test_sizes_with_bounds_are_not_unified(device):
             torch._dynamo.mark_dynamic(one, 0, min=2, max=batch)
             torch._dynamo.mark_dynamic(one, 1, min=2, max=length)
         torch.testing.assert_close(call(x, i), loss(x, i))
+
+
+@pytest.mark.slow
+def test_a_joined_dim_may_hold_a_halved_length(device):
+    """The batch is padded, for gradients of results as well; the length is not."""
+
+    def function(x):
+        return (x[:, ::2] @ weight(x)).reshape(-1, 5)
+
+    call = compiled(function)
+    for sizes in [(3, 5), (4, 8), (5, 9), (6, 7), (2, 11), (7, 12)]:
+        x = torch.randn(*sizes, 8, device=device)
+        torch.testing.assert_close(call(x), function(x))
+        given = [x.clone().requires_grad_() for _ in range(2)]
+        for run, one in zip((call, function), given, strict=True):
+            run(one).sin().sum().backward()
+        torch.testing.assert_close(given[0].grad, given[1].grad)
+    batch = [dim for replayer in sharedgraph.regions() for dim in replayer.region.dims if dim.refusal is None]
+    assert {replayer.region.kind for replayer in sharedgraph.regions() if replayer.region.dims} >= {
+        "forward",
+        "backward",
+    }
+    assert len(batch) >= 3, sg.explain()

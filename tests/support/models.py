@@ -50,6 +50,11 @@ class MeanPooled(nn.Module):
         return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9), dim=1)
 
 
+def build(name: str, device: torch.device) -> nn.Module:
+    """Make a model, the same at every call, without dropout."""
+    return serve(name, device).model
+
+
 def serve(name: str, device: torch.device) -> Served:
     torch.manual_seed(0)
     model, batch = _BUILDERS[name]()

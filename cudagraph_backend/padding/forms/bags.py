@@ -58,8 +58,9 @@ class _Bags:
         if site["mode"] not in (_SUM, _MEAN) or site["scale_grad_by_freq"]:
             raise RefusePadding("bags of another kind than sums and means")
         self.site, self.editor = site, site.editor
-        one_more = 1 if site["include_last_offset"] else 0
-        self.many = site.size(site["offsets"], 0) - one_more if site["grad"] is None else site.size(site["grad"], 0)
+        self.many = site.size(site["offsets"], 0)
+        if site["include_last_offset"] or (site["grad"] is not None and site.size(site["grad"], 0) != self.many):
+            raise RefusePadding("indices behind the last offset are in no bag")
         place = self.editor.entries(self.editor.plain(site.size(site["indices"], 0)))
         begun = aten.searchsorted.Tensor(site["offsets"], aten.add.Tensor(place, 1))
         self.of_index: Proxy = aten.sub.Tensor(begun, 1)
