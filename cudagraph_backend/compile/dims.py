@@ -91,8 +91,7 @@ def _masked(
     """Return the verdict on ``symbols`` with masks; if it is safe the module gets the graph that has them."""
     verdict = _verdict(module.graph, symbols, inputs, options, masked=True)
     if verdict.edited is not None:
-        module.graph = verdict.edited.graph
-        module.recompile()
+        module.graph = verdict.edited.graph  # which compiles the module anew
         placeholders = module.graph.find_nodes(op="placeholder")
         first = len(placeholders) - len(verdict.counts)
         for index, symbol in enumerate(verdict.counts, start=first):

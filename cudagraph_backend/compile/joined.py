@@ -54,6 +54,8 @@ def save_apart(forward: GraphModule, backward: GraphModule, returned: int) -> No
             made = _viewed(forward.graph, node, shape, before=output)
             if made is not None and _take_argument_apart(backward.graph, reader, made.meta["val"]):
                 results[i] = made
+    if results == list(output.args[0]):  # type: ignore[arg-type]
+        return
     output.args = (type(output.args[0])(results),)  # type: ignore[operator, assignment]
     forward.recompile()
     backward.recompile()
@@ -145,10 +147,11 @@ def take_apart(module: GraphModule, example_inputs: Sequence[Any]) -> Joined:
             handed_out[first] = made
             for index in more:
                 handed_out[index] = None
-    output.args = (type(output.args[0])(handed_out),)  # type: ignore[operator, assignment]
     if results:
+        output.args = (type(output.args[0])(handed_out),)  # type: ignore[operator, assignment]
         mark_visible(graph, sorted({*visible_outputs(graph), *results}))
-    module.recompile()
+    if results or arguments:
+        module.recompile()
     needed = frozenset().union(*(size.free_symbols for shape in arguments.values() for size in shape))
     return Joined(arguments, results, again, {symbol: found[symbol] for symbol in sorted(needed, key=str)})
 

@@ -5,6 +5,7 @@ A captured graph can't be given a number, so what is computed from a padded size
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,6 @@ class Editor(GraphAppendingTracer):
 
     def __init__(self, graph: Graph, symbols: frozenset[sympy.Symbol]) -> None:
         super().__init__(graph)
-        self.device = _device(graph)
         self.made: list[Node] = []
         self.fake = fake_mode_of(graph)
         self._found = _sizes_of_inputs(graph)
@@ -61,6 +61,11 @@ class Editor(GraphAppendingTracer):
         with graph.inserting_after(last):
             self._front_end = graph.call_function(operator.pos, (0,))  # taken out when all is done
         self._front_end.meta["val"] = 0
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where constants and counts are made; found when the first one is."""
+        return _device(self.graph)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **options: Any) -> Node:
         """Make a node at the place where the graph is edited, with its value."""

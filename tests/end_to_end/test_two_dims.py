@@ -117,7 +117,9 @@ def test_attention_over_two_lengths_with_shared_keys(trains):
 
 
 @pytest.mark.slow
-@pytest.mark.host_only("on a GPU Dynamo of torch 2.11 compiled it for its first size only")
+@pytest.mark.host_only(
+    "on a GPU (torch 2.11) only the first size was compiled: later ones ran as they were, and were right"
+)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_fast_path_of_an_encoder(norm_first, device):
     torch.manual_seed(0)
