@@ -55,7 +55,7 @@ def row(architecture: Architecture, found: list[Finding]) -> Row:
         regions=len(found),
         verdict=verdict,
         holds=holds + masked if padded else "",
-        reason="; ".join(dict.fromkeys(map(_reason, refusals))),
+        reason="; ".join(dict.fromkeys(map(reason, refusals))),
     )
 
 
@@ -82,7 +82,7 @@ def _sections(rows: list[Row]) -> Iterator[str]:
         yield ""
 
 
-def _reason(refusal: Refusal) -> str:
+def reason(refusal: Refusal) -> str:
     """The reason, the operator without its overload, and the source line without what depends on the machine."""
     text = refusal.reason
     if refusal.op is not None:

@@ -293,8 +293,8 @@ def test_safe_with_copies_of_the_last_row(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_operator_and_source_line(name):
     function, inputs, op = REFUSED[name]
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    found = region(function, *(make() for make in inputs))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = region(function, *(make() for make in inputs))
     verdict = found.prove()
     assert verdict.refusal is not None
     assert op in verdict.refusal.op
