@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 import transformers
@@ -13,6 +14,7 @@ from cudagraph_backend.errors import Refusal
 from tests.architectures.catalogue import Architecture
 from tests.architectures.verdicts import Finding
 
+_HERE = f"{Path(__file__).parents[2]}/"
 _HEADER = """\
 # Architectures and their padding verdicts
 
@@ -89,5 +91,5 @@ def reason(refusal: Refusal) -> str:
         text += f" (`{'.'.join(refusal.op.split('.')[:2])}`)"
     if refusal.source is not None:
         place, _, code = refusal.source.partition(": ")
-        text += f" at `{place.split('site-packages/')[-1].split(' in ')[0]}`: `{code}`"
+        text += f" at `{place.removeprefix(_HERE).split('site-packages/')[-1].split(' in ')[0]}`: `{code}`"
     return text.replace("|", "\\|")
