@@ -16,6 +16,7 @@ import torch
 
 from cudagraph_backend import torch_internals
 from cudagraph_backend.compile.joined import save_apart
+from cudagraph_backend.compile.outputs import mark_saved
 from cudagraph_backend.compile.region_compile import RegionCompile
 from cudagraph_backend.debug import ENVIRONMENT as DEBUG_ENVIRONMENT
 from cudagraph_backend.debug import Debug, debug_of
@@ -26,6 +27,7 @@ from cudagraph_backend.options import ENVIRONMENT, Options, checked_options, mer
 from cudagraph_backend.region import CutOut, Kind, Region
 from cudagraph_backend.runtime.composition import Composition
 from cudagraph_backend.runtime.devices import Device, Devices
+from cudagraph_backend.runtime.planner import ChosenSizes
 from cudagraph_backend.runtime.replayer import Rehearsal, Replayer
 from cudagraph_backend.torch_internals import Compiled
 
@@ -74,7 +76,7 @@ class Backend:
             torch_internals.unify_factors(gm)
         frame = _FrameCompile(self, parsed, debug, names, without_graphs)
         return torch_internals.compile_regions(
-            gm, example_inputs, frame.compile_region, save_apart, dict(parsed.inductor)
+            gm, example_inputs, frame.compile_region, frame.save, dict(parsed.inductor)
         )
 
     def configure(self, **options: Any) -> dict[str, Any]:
@@ -165,6 +167,13 @@ class _FrameCompile:
     without_graphs: frozenset[Kind]
     _static_names: frozenset[str] = frozenset()
     _bounds: dict[Any, int | None] = dataclasses.field(default_factory=dict)
+    _chosen: ChosenSizes = dataclasses.field(default_factory=ChosenSizes)
+
+    def save(self, forward: torch.fx.GraphModule, backward: torch.fx.GraphModule, returned: int) -> None:
+        """Let a forward save, behind what is ``returned``, what its backward can read where it lies."""
+        save_apart(forward, backward, returned)
+        if not torch_internals.compiles_autograd():  # else a compiler that we know nothing of gets what is saved
+            mark_saved(forward.graph, returned)
 
     def compile_region(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Analyse a region, let Inductor compile it, and wrap the result. Passed to ``compile_fx`` as inner compile."""
@@ -195,6 +204,7 @@ class _FrameCompile:
             backend.register,
             backend.device,
             backend.rehearsing,
+            self._chosen,
             cut_out,
         )
 

@@ -113,7 +113,8 @@ class TensorOutput:
     """A tensor that the region returns.
 
     ``stride`` is ``None`` where Inductor does not state it beforehand. ``argument`` is the index of an argument that is
-    handed back. What is not ``visible`` is kept for the backward, out of the caller's reach.
+    handed back. What is not ``visible`` is saved for the backward, out of the caller's reach: its rows may have the
+    strides of a bucket.
     """
 
     dtype: torch.dtype

@@ -78,7 +78,7 @@ def analyse(
         sizes=sizes,
         dims=dims,
         counts=counts,
-        outputs=graph_outputs(graph, {i.index for i in inputs}, kind),
+        outputs=graph_outputs(graph, {i.index for i in inputs}),
         shapes=shapes,
         refusal=refusal,
         has_effects=effect is not None or draws_random_numbers(graph),
@@ -91,14 +91,17 @@ def analyse(
     )
 
 
-def unknown_region(module: GraphModule, number: int, kind: Kind, refusal: Refusal) -> Region:
-    """Return the record of a region of which nothing is known but why it runs uncaptured."""
+def unknown_region(
+    module: GraphModule, example_inputs: Sequence[Any], number: int, kind: Kind, refusal: Refusal
+) -> Region:
+    """Return the record of a region of which nothing is known but its arguments, and why it runs uncaptured."""
+    device = main_device(module.graph)
     return Region(
         number=number,
         kind=kind,
-        device=main_device(module.graph),
-        inputs=(),
-        sizes=(),
+        device=device,
+        inputs=tensor_inputs(module.graph, example_inputs, device, (), (), {}),
+        sizes=size_inputs(example_inputs),
         dims=(),
         counts=(),
         outputs=(None,) * len(module.graph.output_node().args[0]),

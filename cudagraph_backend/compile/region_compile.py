@@ -78,7 +78,8 @@ class RegionCompile:
             return self._compile_alone(torch_internals.module_of(graph, gm), example_inputs, error)
 
     def _compile_alone(self, gm: GraphModule, example_inputs: Sequence[Any], error: Exception) -> Any:
-        region = unknown_region(gm, self.number, self.kind, Refusal(f"{UNEXPECTED}: {type(error).__name__}: {error}"))
+        refusal = Refusal(f"{UNEXPECTED}: {type(error).__name__}: {error}")
+        region = unknown_region(gm, example_inputs, self.number, self.kind, refusal)
         torch_internals.forget_output_strides()
         compiled = torch_internals.compile_region(gm, example_inputs, **self.inductor)  # an error here is none of ours
         if not torch_internals.is_compiled_graph(compiled):
@@ -202,8 +203,7 @@ class RegionCompile:
     ) -> Compiled:
         """Compile a part with Inductor; ``strides`` get those of its results, for AOTAutograd, ``stated`` as text."""
         static = self.inductor.get("static_input_idxs") or ()
-        # A tuple, where a region has a list: Inductor's cache must not take a part for a region.
-        indices = tuple(i for i, slot in enumerate(part.reads) if slot in static)
+        indices = [i for i, slot in enumerate(part.reads) if slot in static]
         outputs = part.module.graph.output_node().args[0]
         traced = [node.meta["val"] for node in outputs]
         with torch_internals.compiling_a_part() as reported:

@@ -16,6 +16,14 @@ from cudagraph_backend.memory.strides import Shape, extent, overlaps_itself, rea
 _ALIGNMENT = 16  # bytes; Inductor's kernels rely on it for inputs that were aligned when it compiled
 
 
+def compact(tensor: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """Return a copy with these strides; an expanded dim (stride 0) stays one."""
+    copy = tensor.new_empty_strided(tensor.shape, stride)
+    once = tuple(slice(1) if step == 0 else slice(None) for step in stride)  # torch copies to no address twice
+    copy[once].copy_(tensor[once])
+    return copy
+
+
 def byte_span(tensor: torch.Tensor) -> Span:
     """Return the addresses of a tensor's first byte and of the one behind its last."""
     start = tensor.data_ptr()

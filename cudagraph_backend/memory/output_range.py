@@ -112,6 +112,11 @@ class OutputRange:
         return self.loan is not None and self.loan.is_saved
 
     @property
+    def holds_one(self) -> bool:
+        """Whether it was handed out for one output, and no others that share its memory."""
+        return self.loan is not None and len(self.loan.outputs) == 1
+
+    @property
     def span(self) -> Span:
         return self.offset, self.offset + self.nbytes
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
-from cudagraph_backend.memory.copies import is_aligned
+from cudagraph_backend.memory.copies import compact, is_aligned
 from cudagraph_backend.memory.output_pool import OutputPool
 from cudagraph_backend.memory.output_range import OutputRange, RangeStorage
 from cudagraph_backend.runtime.limits import Limits
@@ -23,15 +23,20 @@ class Finder:
         self._limits = limits
         self._found: dict[tuple[Sizes, int], Counter[int]] = {}
 
-    def where(self, plan: Plan, args: Sequence[Any]) -> Where:
-        """Return where the call's arguments are read."""
+    def where(self, plan: Plan, args: list[Any]) -> Where:
+        """Return where the call's arguments are read. Saved ones that are to be copied get the strides expected."""
         for sighting in plan.sightings:
             if sighting.holds(self._pool, args):
-                return sighting.where
-        return self._look(plan, args)
+                break
+        else:
+            sighting = self._look(plan, args)
+        for index, stride in sighting.strided:
+            args[index] = compact(args[index], stride)
+        return sighting.where
 
-    def _look(self, plan: Plan, args: Sequence[Any]) -> Where:
+    def _look(self, plan: Plan, args: Sequence[Any]) -> Sighting:
         where: list[int | None] = []
+        strided: list[tuple[int, tuple[int, ...]]] = []
         padded: list[OutputRange] = []
         inside: list[tuple[int, int, ref[RangeStorage] | None]] = []
         is_settled = True
@@ -51,6 +56,8 @@ class Finder:
                 padded += [taken] if reading.is_padded else []
                 found = self._few(plan.bucket.sizes, reading.index, offset, self._limits.found_per_input)
             where.append(found)
+            if found is None and not reading.is_as_compiled(tensor):
+                strided.append((reading.index, reading.real[1]))
             is_settled &= not may_stay or found is not None
             if is_inside:
                 lent = self._pool.lent(tensor.untyped_storage())
@@ -58,12 +65,13 @@ class Finder:
                 inside.append((reading.index, address, ref(lent) if lent is not None else None))
             elif reading.is_cache:
                 inside.append((reading.index, address, None))
+        known = {index for index, _, _ in inside}
+        outside = tuple(reading.index for reading in plan.readings if reading.index not in known)
+        strides = tuple((reading.index, args[reading.index].stride()) for reading in plan.readings if reading.is_saved)
+        sighting = Sighting(tuple(where), tuple(inside), outside, strides, tuple(strided))
         if is_settled:
-            known = {index for index, _, _ in inside}
-            outside = tuple(reading.index for reading in plan.readings if reading.index not in known)
-            sighting = Sighting(tuple(where), tuple(inside), outside)
             plan.sightings = [sighting, *plan.sightings[: self._limits.sightings - 1]]
-        return tuple(where)
+        return sighting
 
     def _few(self, sizes: Sizes, index: int, offset: int, most: int) -> int | None:
         """Return the offset, unless graphs read this input at many others: then it must be met often, or is copied."""

@@ -14,6 +14,7 @@ import sympy
 import torch
 
 from cudagraph_backend.errors import Refusal
+from cudagraph_backend.memory.copies import compact
 from cudagraph_backend.memory.output_pool import OutputPool
 from cudagraph_backend.memory.output_range import Loan, OutputRange, RangeStorage, Step
 from cudagraph_backend.memory.strides import extent, reaching_once, same_places
@@ -67,12 +68,7 @@ class Compacted:
 
     def copied(self, storage: torch.UntypedStorage) -> torch.Tensor:
         rows = self.view.on(storage)
-        if self.stride is None:
-            return rows.clone()
-        copy = rows.new_empty_strided(self.view.size, self.stride)
-        once = tuple(slice(1) if step == 0 else slice(None) for step in self.stride)  # torch copies to no address twice
-        copy[once].copy_(rows[once])
-        return copy
+        return rows.clone() if self.stride is None else compact(rows, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +195,8 @@ def layout_at(region: Region, bucket: Layout, values: Values) -> Layout:
         if isinstance(known, TensorOutput) and isinstance(entry, _VIEWS) and entry.view is not None:
             size = evaluate_all(known.size, values)
             stride = None if known.stride is None else evaluate_all(known.stride, values)
+            if isinstance(entry, Pooled) and not known.visible:
+                stride = entry.view.stride  # a backward that is padded alike reads it where it lies
             real = _real_rows(entry, entry.view, size, stride)
             is_loss = region.kind == "forward" and known.visible and size == ()
             entries.append(_copied_if_alone(real, bucket) if is_loss else real)

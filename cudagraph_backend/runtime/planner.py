@@ -14,6 +14,7 @@ from cudagraph_backend.memory.strides import extent, overlaps_itself
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, Region, TensorInput, Values, evaluate
 from cudagraph_backend.runtime import buckets
+from cudagraph_backend.runtime.compacting import may_be_strided
 from cudagraph_backend.runtime.limits import TOO_MANY_GRAPHS
 from cudagraph_backend.runtime.plan import Bucket, Plan, Sizes
 from cudagraph_backend.runtime.readings import Reading, shape_at
@@ -23,16 +24,43 @@ _MORE_BYTES_PER_DIM = 1 / 8  # of inputs, in a bucket that serves sizes whose ow
 _PROVIDED_AT_ONCE = 1 << 28  # bytes of one input; beyond 256 MiB a bound is no reason to take memory in advance
 
 
+class ChosenSizes:
+    """The bucket that the forward of a frame has chosen for each combination of sizes: its backward follows.
+
+    What is saved in a bucket can be read where it lies by a graph of the same bucket.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: dict[frozenset[tuple[sympy.Symbol, int]], Values] = {}
+
+    def note(self, real: Values, bucket: Values) -> None:
+        self._chosen[frozenset(real.items())] = bucket
+
+    def at(self, real: Values) -> Values:
+        """Return the forward's bucket at these sizes, as far as it is known."""
+        found = (bucket for key, bucket in self._chosen.items() if all(real.get(s, n) == n for s, n in key))
+        return {symbol: size for bucket in found for symbol, size in bucket.items()}
+
+
 class Planner:
     """The plans and buckets of one region.
 
-    ``dims`` are the region's, those refused that failed the probe. ``probed`` has the buckets in which a dim passed,
-    and ``postponed`` why the probe couldn't tell at a call, once per such call. ``has_room`` tells whether one more
-    graph may be held, ``poisons`` whether padded rows hold NaN where they must not be read.
+    ``chosen`` are the sizes that its frame's forward has chosen. ``dims`` are the region's, those refused that failed
+    the probe. ``probed`` has the buckets in which a dim passed, and ``postponed`` why the probe couldn't tell at a
+    call, once per such call. ``has_room`` tells whether one more graph may be held, ``poisons`` whether padded rows
+    hold NaN where they must not be read.
     """
 
-    def __init__(self, region: Region, options: Options, has_room: Callable[[], bool], poisons: Callable[[], bool]):
+    def __init__(
+        self,
+        region: Region,
+        options: Options,
+        chosen: ChosenSizes,
+        has_room: Callable[[], bool],
+        poisons: Callable[[], bool],
+    ):
         self.region = region
+        self._chosen = chosen
         self.dims = region.dims
         self.probed: dict[str, set[int]] = {}
         self.postponed: dict[Sizes, list[str]] = {}
@@ -124,6 +152,8 @@ class Planner:
 
     def _plan(self, sizes: Sizes, bucket: Bucket) -> Plan:
         values, padded = self.region.values(sizes), self.region.values(bucket.sizes)
+        if self.region.kind == "forward":
+            self._chosen.note(values, padded)
         rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
         return Plan(
             sizes,
@@ -145,6 +175,7 @@ class Planner:
     def _bucket_sizes(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
         """Return the capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
         values = dict(self.region.values(sizes))
+        followed = self._chosen.at(values) if self.region.kind == "backward" else {}
         for dim in dims:
             found = {values[s] for s in dim.symbols}
             # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
@@ -154,13 +185,17 @@ class Planner:
             if n == 0:  # there is no last row to repeat
                 continue
             admits = self._admits(dim, values)
+            of_forward = {followed.get(s, 0) for s in dim.symbols}
+            if len(of_forward) == 1 and max(of_forward) > n and admits(max(of_forward)):
+                values.update(dict.fromkeys(dim.symbols, max(of_forward)))
+                continue
             size = buckets.choose(n, self._options.capture_sizes, dim.upper, admits, len(dims))
             if size is None:
                 return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
             values.update(dict.fromkeys(dim.symbols, size))
         kept = self._kept_equal(self.region.values(sizes), values, dims)
         own = tuple(evaluate(s.size, kept) for s in self.region.sizes)
-        return self._existing(self.region.values(sizes), own, dims) or own
+        return own if followed else self._existing(self.region.values(sizes), own, dims) or own
 
     def _existing(self, real: Values, own: Sizes, dims: Sequence[DynamicDim]) -> Sizes | None:
         """Return a bucket that exists and holds a call's sizes at little more cost than its ``own``; the least such.
@@ -228,6 +263,7 @@ class Planner:
             fill=self._fill(tensor),
             provided=provided if provided <= _PROVIDED_AT_ONCE else 0,
             is_fixed=not tensor.symbols,
+            is_saved=self.region.kind == "backward" and may_be_strided(tensor),
         )
 
     def _row_entries(self, size: sympy.Expr, values: Values) -> int:

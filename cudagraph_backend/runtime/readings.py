@@ -41,6 +41,7 @@ class Reading:
         fill: what padded rows hold: the last real row, zeros, or a number.
         provided: bytes that the largest bucket will need, as far as known.
         is_fixed: whether its size is the same in all calls, as that of a cache.
+        is_saved: whether a forward may have saved it, and its rows may have the strides of a bucket.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Reading:
     fill: Fill
     provided: int = 0
     is_fixed: bool = False
+    is_saved: bool = False
 
     @cached_property
     def nbytes(self) -> int:
@@ -58,24 +60,24 @@ class Reading:
         return extent(*self.shape) * self.dtype.itemsize
 
     @cached_property
-    def real_nbytes(self) -> int:
-        return extent(*self.real) * self.dtype.itemsize
-
-    @cached_property
     def is_padded(self) -> bool:
         return self.real[0] != self.shape[0]
 
     @cached_property
     def may_stay(self) -> bool:
-        """Whether it can be read where an argument lies, as far as sizes and strides tell.
-
-        Real rows must be at the same places at either size, and padded ones behind all of them.
-        """
+        """Whether it can be read where an argument with its strides lies, and padded rows are behind all real ones."""
         size, stride = self.real
-        if 0 in size or 0 in stride or overlaps_itself(size, stride) or not same_places(size, stride, self.shape[1]):
-            return False
-        padded = [step * n for n, m, step in zip(size, *self.shape, strict=True) if m > n]
-        return all(first >= extent(size, stride) for first in padded)
+        return self._stays(stride) and self._is_padded_behind(extent(size, stride))
+
+    def _stays(self, stride: Sequence[int]) -> bool:
+        """Return whether real rows with these strides are where they are at the bucket."""
+        size = self.real[0]
+        apart = 0 not in size and 0 not in stride and not overlaps_itself(size, stride)
+        return apart and same_places(size, stride, self.shape[1])
+
+    def _is_padded_behind(self, end: int) -> bool:
+        """Return whether padded rows begin at ``end``, where real ones end, or later."""
+        return all(step * n >= end for n, m, step in zip(self.real[0], *self.shape, strict=True) if m > n)
 
     @cached_property
     def is_cache(self) -> bool:
@@ -85,19 +87,26 @@ class Reading:
     def found_in(self, pool: OutputPool, tensor: torch.Tensor) -> OutputRange | None:
         """Return the range of the pool where the argument can be read as it lies; ``None`` if it must be copied.
 
-        Padded rows will be overwritten there, so nothing real may come behind the argument: in ``y[:k]`` it does.
+        Padded rows will be overwritten there, so nothing real may be among them: behind ``y[:k]`` it is, and between
+        its real rows others of that range may be.
         """
-        if not self.may_stay:
+        stride = tensor.stride() if self.is_saved else self.real[1]
+        if not self._stays(stride):
             return None
         storage = tensor.untyped_storage()
         taken = pool.holder(storage)
         if taken is None or not is_aligned(tensor.data_ptr()):
             return None
-        first = tensor.data_ptr() - pool.address
-        if self.is_padded:
-            is_last = first + self.real_nbytes == taken.offset + storage.nbytes()
-            return taken if is_last and first + self.nbytes <= taken.end else None
-        return taken
+        if not self.is_padded:
+            return taken
+        first, end = tensor.data_ptr() - pool.address, extent(self.real[0], stride)
+        is_last = first + end * self.dtype.itemsize == taken.offset + storage.nbytes()
+        may_write = is_last and (self._is_padded_behind(end) or taken.holds_one)
+        return taken if may_write and first + self.nbytes <= taken.end else None
+
+    def is_as_compiled(self, tensor: torch.Tensor) -> bool:
+        """Return whether an argument has the strides that the region was compiled for."""
+        return not self.is_saved or same_places(self.real[0], tensor.stride(), self.real[1])
 
     def buffer(self, pool: OutputPool, offset: int) -> torch.Tensor:
         """Return what the graph reads if the input is at this offset from the pool's first byte, inside it or not."""
@@ -124,11 +133,15 @@ class Sighting:
     Attributes:
         inside: index, address and storage of each argument in the pool, and of caches elsewhere (no storage).
         outside: the indices of the others, which are copied from wherever outside of the pool they are.
+        strides: of arguments that may have others at another call, by index.
+        strided: those that can't be copied as they lie: the index of each, and the strides that it must have.
     """
 
     where: Where
     inside: tuple[tuple[int, int, ref[RangeStorage] | None], ...]
     outside: tuple[int, ...]
+    strides: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    strided: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def holds(self, pool: OutputPool, args: Sequence[torch.Tensor]) -> bool:
         for index, address, storage in self.inside:
@@ -139,6 +152,9 @@ class Sighting:
                 known = storage()  # gone: another storage may look like it
                 if known is None or tensor.untyped_storage()._cdata != known.cdata:
                     return False
+        for index, stride in self.strides:
+            if args[index].stride() != stride:
+                return False
         start, end = pool.address, pool.address + pool.nbytes
         for index in self.outside:  # noqa: SIM110 (a generator takes longer)
             if start <= args[index].data_ptr() < end:

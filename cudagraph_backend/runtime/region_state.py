@@ -19,7 +19,7 @@ from cudagraph_backend.runtime.layout import make_outputs, own_memory
 from cudagraph_backend.runtime.payoff import Payoff
 from cudagraph_backend.runtime.places import Places
 from cudagraph_backend.runtime.plan import Plan
-from cudagraph_backend.runtime.planner import Planner
+from cudagraph_backend.runtime.planner import ChosenSizes, Planner
 from cudagraph_backend.runtime.route import Route
 from cudagraph_backend.torch_internals import Compiled, current_step
 
@@ -60,7 +60,15 @@ class RegionState:
         payoff: whether graphs are worth replaying.
     """
 
-    def __init__(self, region: Region, options: Options, device: Device, compiled: Compiled, counters: Counters):
+    def __init__(
+        self,
+        region: Region,
+        options: Options,
+        device: Device,
+        compiled: Compiled,
+        counters: Counters,
+        chosen: ChosenSizes,
+    ):
         self.region = region
         self.options = options
         self.device = device
@@ -70,7 +78,7 @@ class RegionState:
         self.run = self.allocations.bound_to(compiled, region.device.type)
         self.payoff = Payoff(device.driver)
         self.places = Places(region, device.pool, options, device.driver.prepare_staging)
-        self.planner = Planner(region, options, self.places.has_room, lambda: device.driver.poison)
+        self.planner = Planner(region, options, chosen, self.places.has_room, lambda: device.driver.poison)
 
     def replay(self, plan: Plan, route: Route, graph: Graph, args: list[Any]) -> list[Any]:
         """Answer a call from a graph: stage its arguments, launch, and make its outputs."""

@@ -15,8 +15,10 @@ from cudagraph_backend.options import Options
 from cudagraph_backend.region import CutOut, Region
 from cudagraph_backend.runtime.bucket_run import run_padded
 from cudagraph_backend.runtime.checked_state import CheckedRegionState
+from cudagraph_backend.runtime.compacting import compacting
 from cudagraph_backend.runtime.devices import Device
 from cudagraph_backend.runtime.first_call import FirstCalls
+from cudagraph_backend.runtime.planner import ChosenSizes
 from cudagraph_backend.runtime.region_state import Counters, RegionState
 from cudagraph_backend.torch_internals import Compiled
 
@@ -38,7 +40,8 @@ class Replayer:
     """Calls a region: with one list of arguments, which it empties.
 
     ``device`` finds the device of the process that owns driver and pool, ``register`` makes the region known to
-    reports, and ``cut_out`` is told which operator can't be captured.
+    reports, ``chosen`` are the sizes that the frame's forward has chosen, and ``cut_out`` is told which operator can't
+    be captured.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Replayer:
         register: Callable[[Replayer], None],
         device: Callable[[torch.device], Device],
         rehearsal: Rehearsal,
+        chosen: ChosenSizes,
         cut_out: CutOut | None = None,
     ):
         self.region = region
@@ -57,9 +61,11 @@ class Replayer:
         self._debug = debug
         self._cut_out = cut_out if region.refusal is None else None
         self._compiled = compiled
+        self._plain = compacting(compiled, region)
         self._register = register
         self._find_device = device
         self._rehearsal = rehearsal
+        self._chosen = chosen
         self._writes = any(i.mutated for i in region.inputs)
         self.reset()
         self._make_known()
@@ -127,7 +133,7 @@ class Replayer:
             if self._debug.poison:
                 device.driver.poison = True
             kind = CheckedRegionState if self._debug.addresses else RegionState  # here, as no call is to pay for it
-            state = self.state or kind(self.region, self.options, device, self._compiled, self.counters)
+            state = self.state or kind(self.region, self.options, device, self._compiled, self.counters, self._chosen)
             self.state = state
             return state
 
@@ -151,7 +157,7 @@ class Replayer:
             return self._run_uncounted(args)
         self._drop_counts(args)
         args.extend(plan.counts)
-        outputs = run_padded(self.region, plan, self._compiled, args)
+        outputs = run_padded(self.region, plan, self._plain, args)
         args.clear()
         return outputs
 
@@ -160,7 +166,7 @@ class Replayer:
             values = self.region.values([size.read(args) for size in self.region.sizes])
             self._drop_counts(args)
             args.extend(count.make(values, self.region.device) for count in self.region.counts)
-        return self._compiled(args)
+        return self._plain(args)
 
     def _drop_counts(self, args: list[Any]) -> None:
         if self.region.counts:

@@ -62,7 +62,14 @@ class _Partitioner(CustomPartitionerFn):
 
 
 def compile_region(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """Compile one AOT region with Inductor. ``kwargs`` are what ``compile_fx`` passed; they differ by release."""
+    """Compile one AOT region with Inductor. ``kwargs`` are what ``compile_fx`` passed; they differ by release.
+
+    Code may overwrite what a forward has saved, but not if the backward may run again (``retain_graph=True``). The
+    key of the FX graph cache tells the two apart by these arguments alone: then a tuple is in place of a list.
+    """
+    metadata = getattr(TracingContext.try_get(), "fw_metadata", None)
+    if not getattr(metadata, "bw_donated_idxs", None):
+        kwargs["static_input_idxs"] = tuple(kwargs.get("static_input_idxs") or ())
     return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
