@@ -74,7 +74,7 @@ class Backend:
         without_graphs = _kinds_without_graphs(*torch_internals.take_graph_override(gm))
         if parsed.pad != "off":
             torch_internals.unify_factors(gm)
-        frame = _FrameCompile(self, parsed, debug, names, without_graphs)
+        frame = _FrameCompile(self, parsed, debug, names, without_graphs, torch_internals.marked_sizes(gm))
         return torch_internals.compile_regions(
             gm, example_inputs, frame.compile_region, frame.save, dict(parsed.inductor)
         )
@@ -165,6 +165,7 @@ class _FrameCompile:
     debug: Debug
     names: tuple[InputName, ...]
     without_graphs: frozenset[Kind]
+    marked: frozenset[Any]
     _static_names: frozenset[str] = frozenset()
     _bounds: dict[Any, int | None] = dataclasses.field(default_factory=dict)
     _chosen: ChosenSizes = dataclasses.field(default_factory=ChosenSizes)
@@ -192,6 +193,7 @@ class _FrameCompile:
             composition=Composition,
             bounds=self._bounds,
             refusal=_GRAPHS_OFF if kind in self.without_graphs else None,
+            marked=self.marked,
         ).compile(gm, example_inputs)
 
     def _replayer(self, region: Region, compiled: Compiled, cut_out: CutOut | None = None) -> Replayer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from cudagraph_backend.runtime.devices import Device
 from cudagraph_backend.runtime.places import Place
 from cudagraph_backend.runtime.plan import Bucket, Sizes
 from cudagraph_backend.runtime.replayer import Replayer
+from cudagraph_backend.runtime.served import Padding, Rows, padding_of
 from cudagraph_backend.torch_internals import is_registered_operator
 
 
@@ -33,6 +34,8 @@ class Stats:
         replays: calls that a graph answered, those that captured it included.
         fallbacks: calls that ran the compiled region, by reason.
         rows_real, rows_padded: rows of padded dims, over all replays.
+        padding: the same by region and dim, with shares in percent, and calls that took a bucket which existed; of the
+            regions that have padded dims and were called.
         output_pool_bytes: memory that the output pools hold, for outputs and for inputs that are copied to be read.
         sum_of_buckets_bytes: what separate outputs for every captured bucket would hold.
         staging_bytes: the part of the output pools to which inputs are copied; between calls it serves other places.
@@ -54,6 +57,7 @@ class Stats:
     fallbacks: dict[str, int]
     rows_real: int
     rows_padded: int
+    padding: list[Padding]
     output_pool_bytes: int
     sum_of_buckets_bytes: int
     staging_bytes: int
@@ -73,14 +77,17 @@ def stats_of(backend: Backend) -> Stats:
     fallbacks: Counter[str] = Counter()
     for replayer in replayers:
         fallbacks.update(replayer.counters.fallbacks)
+    padding = [found for found in map(_padding, replayers) if found is not None]
+    rows = [rows for one in padding for rows in one.dims.values()]
     return Stats(
         regions=len(replayers),
         graphs=sum(_graph_count(r) for r in replayers),
         captures=sum(r.counters.captures for r in replayers),
         replays=sum(r.counters.replays for r in replayers),
         fallbacks=dict(fallbacks),
-        rows_real=sum(r.counters.rows_real for r in replayers),
-        rows_padded=sum(r.counters.rows_padded for r in replayers),
+        rows_real=sum(one.real for one in rows),
+        rows_padded=sum(one.padded for one in rows),
+        padding=padding,
         output_pool_bytes=sum(d.pool.nbytes for d in backend.devices().values()),
         sum_of_buckets_bytes=sum(sum(_output_bytes(r)) for r in replayers),
         staging_bytes=sum(_staging_bytes([r for r in replayers if r.region.device == d]) for d in backend.devices()),
@@ -123,16 +130,39 @@ def _explain(replayer: Replayer) -> list[str]:
         lines.append(f"  buckets: {_bucket_sizes(replayer, captured)}")
     lines += [f"  ran uncaptured {count} times: {reason}" for reason, count in replayer.counters.fallbacks.items()]
     counters, sizes = replayer.counters, _output_bytes(replayer)
-    lines.append(
-        f"  {_graph_count(replayer)} graphs, {counters.captures} captures, {counters.replays} replays, "
-        f"rows {counters.rows_real} real + {counters.rows_padded} padded"
-    )
+    lines.append(f"  {_graph_count(replayer)} graphs, {counters.captures} captures, {counters.replays} replays")
+    if (padding := _padding(replayer)) is not None:
+        lines += [f"  {line}" for line in _explain_padding(padding)]
     lines.append(f"  inputs: {counters.staged_copies} copied, {counters.read_in_place} read in place")
     lines.append(
         f"  outputs: {max(sizes, default=0)} bytes pooled, {sum(sizes)} as separate buckets; "
         f"{_output_copies(replayer)} copied in graphs"
     )
     return lines
+
+
+def _explain_padding(padding: Padding) -> Iterator[str]:
+    def share(rows: Rows, of: str) -> str:
+        return f"{rows.padded} of {rows.real + rows.padded} {of} ({rows.padded_percent:.1f} %)"
+
+    yield "padded: " + ", ".join(share(rows, f"rows of {dim}") for dim, rows in padding.dims.items())
+    if len(padding.dims) > 1:
+        product = " × ".join(padding.dims)
+        yield f"padded: {share(padding.product, f'entries of {product}')}"
+    if padding.existing_percent is not None:
+        yield (
+            f"{padding.calls_in_existing} of {padding.calls} calls took a bucket that existed and not their own: "
+            f"its inputs may have {padding.existing_percent:g} % more bytes"
+        )
+
+
+def _padding(replayer: Replayer) -> Padding | None:
+    """Return what padding cost a region; ``None`` if it pads nothing, or was not called."""
+    if (state := replayer.state) is None:
+        return None
+    served = list(state.planner.served.values())  # at once, as other threads may call
+    padding = padding_of(replayer.region.name, served, state.planner.allowance())
+    return padding if padding.calls and padding.dims else None
 
 
 def _explain_memory(device: torch.device, state: Device, replayers: Sequence[Replayer]) -> list[str]:

@@ -29,6 +29,7 @@ from cudagraph_backend.compile.probing import (
 from cudagraph_backend.drivers.platforms import is_accelerator
 from cudagraph_backend.errors import Refusal
 from cudagraph_backend.fill import InputName
+from cudagraph_backend.graph.operators import communicates, targets_in
 from cudagraph_backend.graph.source import source_spans
 from cudagraph_backend.memory.strides import overlaps_itself
 from cudagraph_backend.options import Options
@@ -45,6 +46,7 @@ def analyse(
     names: Sequence[InputName] = (),
     driver_refusal: Callable[[torch.device], Refusal | None] = lambda device: None,
     known_refusal: Refusal | None = None,
+    marked: frozenset[sympy.Symbol] = frozenset(),
 ) -> Region:
     """Return what the FX graph of a region says. A dim that needs masks gets them, and the graph an input (``counts``).
 
@@ -53,6 +55,7 @@ def analyse(
         names: what the user's call names the inputs of the Dynamo graph, in their order.
         driver_refusal: why a device has no driver.
         known_refusal: why the region can't be captured, where that is known before.
+        marked: the sizes that the user has marked dynamic.
 
     Raises:
         OptionError: a number to fill an input's padded rows with does not fit its dtype.
@@ -69,7 +72,8 @@ def analyse(
     shapes = shapes_of(sizes, example_inputs)
     refusal = refusal or _refused_symbols(inputs, sizes)
     effect = lasting_effect(graph)
-    dims, counts = dynamic_dims(module, sizes, inputs, shapes, options) if refusal is None else ((), ())
+    agreed = marked if any(map(communicates, targets_in(graph))) else None
+    dims, counts = dynamic_dims(module, sizes, inputs, shapes, options, agreed) if refusal is None else ((), ())
     return Region(
         number=number,
         kind=kind,
@@ -120,13 +124,13 @@ def complete(region: Region, compiled: Any) -> Region:
     mutated = torch_internals.mutated_inputs(compiled)
     inputs = tuple(dataclasses.replace(i, mutated=i.index in mutated) for i in region.inputs)
     outputs = with_strides(region.outputs, torch_internals.output_strides(compiled), region.shapes)
-    communicates = region.effect is not None
+    sends = region.effect is not None
     refusal = _refused_by_inductor(region, compiled) or _refused_mutation(inputs)
     return dataclasses.replace(
         region,
         inputs=inputs,
         outputs=outputs,
-        dims=tuple(_with_layout(dim, inputs, communicates) if guards_known else _unguarded(dim) for dim in region.dims),
+        dims=tuple(_with_layout(dim, inputs, sends) if guards_known else _unguarded(dim) for dim in region.dims),
         refusal=refusal,
         has_effects=region.has_effects or bool(mutated),
     )
@@ -172,11 +176,11 @@ def _unguarded(dim: DynamicDim) -> DynamicDim:
     return dim if dim.refusal is not None else dataclasses.replace(dim, refusal=Refusal(reason))
 
 
-def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], communicates: bool) -> DynamicDim:
+def _with_layout(dim: DynamicDim, inputs: Sequence[TensorInput], sends: bool) -> DynamicDim:
     if dim.refusal is not None:
         return dim
     for tensor in inputs:
-        if communicates and tensor.mutated and tensor.symbols & dim.symbols:
+        if sends and tensor.mutated and tensor.symbols & dim.symbols:
             refusal = Refusal(f"input {tensor.name} is written in place in a region that communicates")
             return dataclasses.replace(dim, refusal=refusal)
         if _overlaps_when_padded(tensor, dim):

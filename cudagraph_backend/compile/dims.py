@@ -16,20 +16,28 @@ from cudagraph_backend.graph.source import first_use
 from cudagraph_backend.options import Options
 from cudagraph_backend.padding.prove import Verdict, prove
 from cudagraph_backend.region import CountInput, DynamicDim, SizeInput, TensorInput
-from cudagraph_backend.torch_internals import SYMBOLIC, Shapes, expr, symbols_of
+from cudagraph_backend.torch_internals import SYMBOLIC, Shapes, expr, is_backed, symbols_of
 
 Symbols: TypeAlias = "frozenset[sympy.Symbol]"
 
 
 def dynamic_dims(
-    module: GraphModule, sizes: Sequence[SizeInput], inputs: Sequence[TensorInput], shapes: Shapes, options: Options
+    module: GraphModule,
+    sizes: Sequence[SizeInput],
+    inputs: Sequence[TensorInput],
+    shapes: Shapes,
+    options: Options,
+    agreed: Symbols | None = None,
 ) -> tuple[tuple[DynamicDim, ...], tuple[CountInput, ...]]:
     """Return one record per dim that varies independently, in the order in which its first symbol is read.
 
     First without touching the graph; dims refused that way are tried again with masks. The masks of one dim are in the
     graph when the next dim is judged, so that the proofs hold one after the other. A dim with masks gives the graph one
-    more input per symbol, the number of its real rows.
+    more input per symbol, the number of its real rows. ``agreed`` are the only symbols that may be padded, as all
+    processes that the region communicates with pad them; ``None`` if it communicates with none.
     """
+    if options.pad == "assume":
+        agreed = None
     symbols = [frozenset([s.size]) for s in sizes if isinstance(s.size, sympy.Symbol)]
     verdicts: list[Verdict] = []
     for dim in symbols:
@@ -37,9 +45,10 @@ def dynamic_dims(
     refused = [v.symbols for v in verdicts if v.refusal is not None]
     counts: list[CountInput] = []
     for dim in refused if options.pad in ("prove", "probe") else ():
-        if _refused_layouts(module.graph, dim, inputs, shapes) is None:
+        if (_refused_apart(dim, agreed) or _refused_layouts(module.graph, dim, inputs, shapes)) is None:
             verdicts = _with(verdicts, dim, lambda dim: _masked(module, dim, inputs, options, counts))
-    return tuple(_dim(module.graph, verdict, inputs, shapes, options) for verdict in verdicts), tuple(counts)
+    dims = (_dim(module.graph, verdict, inputs, shapes, options, agreed) for verdict in verdicts)
+    return tuple(dims), tuple(counts)
 
 
 def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], Verdict]) -> list[Verdict]:
@@ -52,11 +61,19 @@ def _with(verdicts: list[Verdict], symbols: Symbols, judge: Callable[[Symbols], 
     return [*verdicts[:first], verdict, *others]
 
 
-def _dim(graph: Graph, verdict: Verdict, inputs: Sequence[TensorInput], shapes: Shapes, options: Options) -> DynamicDim:
+def _dim(
+    graph: Graph,
+    verdict: Verdict,
+    inputs: Sequence[TensorInput],
+    shapes: Shapes,
+    options: Options,
+    agreed: Symbols | None,
+) -> DynamicDim:
     to_probe, unproven = None, verdict.refusal
     if options.pad == "probe" and unproven is not None:
         to_probe, unproven = unproven, probe_refusal(graph, unproven)
-    refusal = unproven or _refused_layouts(graph, verdict.symbols, inputs, shapes)
+    apart = _refused_apart(verdict.symbols, agreed)
+    refusal = unproven or apart or _refused_layouts(graph, verdict.symbols, inputs, shapes)
     upper = [bound for symbol in verdict.symbols if (bound := shapes.upper_bound(symbol)) is not None]
     return DynamicDim(
         symbols=verdict.symbols,
@@ -97,6 +114,16 @@ def _masked(
         for index, symbol in enumerate(verdict.counts, start=first):
             counts.append(CountInput(index, str(placeholders[index].target), symbol))
     return verdict
+
+
+def _refused_apart(symbols: Symbols, agreed: Symbols | None) -> Refusal | None:
+    """Refuse a dim that is dynamic because sizes differed here: another process may have a fixed size and no bucket."""
+    if agreed is None or all(symbol in agreed or not is_backed(symbol) for symbol in symbols):
+        return None
+    return Refusal(
+        "the region communicates, and other processes may have compiled it for a fixed size: "
+        "mark the dim with torch._dynamo.mark_dynamic in all of them"
+    )
 
 
 def _refused_layouts(graph: Graph, symbols: Symbols, inputs: Sequence[TensorInput], shapes: Shapes) -> Refusal | None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule
 
@@ -50,6 +51,7 @@ class RegionCompile:
         composition: makes the call of a region that runs in parts, from how values go between them and their calls.
         bounds: the largest size by symbol, as far as known, of all that the regions of this frame have seen.
         refusal: why it must not be captured, neither as a whole nor in parts, where the user says so.
+        marked: the sizes that the user has marked dynamic.
     """
 
     number: int
@@ -63,6 +65,7 @@ class RegionCompile:
     composition: Callable[[Wiring, Sequence[Compiled]], Compiled]
     bounds: dict[Any, int | None]
     refusal: Refusal | None = None
+    marked: frozenset[sympy.Symbol] = frozenset()
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Return the call of the region, in place of what Inductor's compile function returns.
@@ -138,7 +141,7 @@ class RegionCompile:
         self, gm: GraphModule, example_inputs: Sequence[Any], static: Collection[int], refusal: Refusal | None = None
     ) -> Region:
         driver = functools.partial(driver_refusal, self.options.driver)
-        args = (self.kind, static, self.options, self.number, self.names, driver, self.refusal or refusal)
+        args = (self.kind, static, self.options, self.number, self.names, driver, self.refusal or refusal, self.marked)
         with self._logged("padding masks", gm):
             return analyse(gm, example_inputs, *args)
 

@@ -11,6 +11,7 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.region import DynamicDim
 from cudagraph_backend.runtime.layout import Layout
 from cudagraph_backend.runtime.readings import Reading, Sighting
+from cudagraph_backend.runtime.served import Served
 
 Sizes: TypeAlias = "tuple[int, ...]"
 
@@ -35,14 +36,13 @@ class Plan:
 
     ``readings`` are those of the staged inputs. ``counts`` are the region's ``CountInput``s; ``to_probe`` are the
     padded dims that the probe must look at before the plan may answer a call. ``layout`` is that of the real rows of
-    outputs. ``sightings`` tell where the arguments of the last calls were found.
+    outputs. ``sightings`` tell where the arguments of the last calls were found. ``served`` counts the calls answered.
     """
 
     sizes: Sizes
     bucket: Bucket
     readings: tuple[Reading, ...]
-    rows_real: int
-    rows_padded: int
+    served: Served
     counts: tuple[torch.Tensor, ...] = ()
     to_probe: tuple[DynamicDim, ...] = ()
     layout: Layout | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 
 import sympy
@@ -18,6 +18,7 @@ from cudagraph_backend.runtime.compacting import may_be_strided
 from cudagraph_backend.runtime.limits import TOO_MANY_GRAPHS
 from cudagraph_backend.runtime.plan import Bucket, Plan, Sizes
 from cudagraph_backend.runtime.readings import Reading, shape_at
+from cudagraph_backend.runtime.served import Served
 
 _PROBES_PER_SIZE = 3  # that couldn't tell; some inputs never do (token types are mostly zeros), and each one costs runs
 _MORE_BYTES_PER_DIM = 1 / 8  # of inputs, in a bucket that serves sizes whose own bucket does not exist
@@ -47,8 +48,9 @@ class Planner:
 
     ``chosen`` are the sizes that its frame's forward has chosen. ``dims`` are the region's, those refused that failed
     the probe. ``probed`` has the buckets in which a dim passed, and ``postponed`` why the probe couldn't tell at a
-    call, once per such call. ``has_room`` tells whether one more graph may be held, ``poisons`` whether padded rows
-    hold NaN where they must not be read.
+    call, once per such call. ``served`` counts calls by their sizes and buckets, also where plans are made anew.
+    ``has_room`` tells whether one more graph may be held, ``poisons`` whether padded rows hold NaN where they must not
+    be read.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Planner:
         self.probed: dict[str, set[int]] = {}
         self.postponed: dict[Sizes, list[str]] = {}
         self.buckets: dict[Sizes, Bucket] = {}
+        self.served: dict[Hashable, Served] = {}
         self._plans: dict[Sizes, Plan | Refusal] = {}
         self._options = options
         self._has_room = has_room
@@ -132,38 +135,45 @@ class Planner:
 
     def plan_without(self, dims: Collection[DynamicDim], sizes: Sizes) -> Plan | Refusal:
         """Return a new plan for a call's sizes, with ``dims`` at their exact sizes."""
-        chosen = self._bucket_sizes(sizes, [dim for dim in self._padded_dims() if dim not in dims])
-        if isinstance(chosen, Refusal):
-            return chosen
+        padded = [dim for dim in self._padded_dims() if dim not in dims]
+        own = self._own_bucket(sizes, padded)
+        if isinstance(own, Refusal):
+            return own
         values = self.region.values(sizes)
         if any(t.mutated and overlaps_itself(*shape_at(t, values)) for t in self.region.staged):
             return Refusal("an input that is written in place overlaps itself in memory")
+        chosen = self._existing(values, own, padded) or own
         if chosen not in self.buckets and not self._has_room():
             return TOO_MANY_GRAPHS
         bucket = self.buckets.setdefault(chosen, Bucket(chosen))
         if bucket.refusal is not None:
             return bucket.refusal
-        return self._plan(sizes, bucket)
+        return self._plan(sizes, bucket, takes_existing=chosen != own)
 
     def plan_without_graph(self, sizes: Sizes) -> Plan | None:
         """Return a plan to run the bucket of a call's sizes as compiled code; ``None`` where nothing is padded."""
-        chosen = self._bucket_sizes(sizes, self._padded_dims())
-        return None if isinstance(chosen, Refusal) or chosen == sizes else self._plan(sizes, Bucket(chosen))
+        own = self._own_bucket(sizes, self._padded_dims())
+        return None if isinstance(own, Refusal) or own == sizes else self._plan(sizes, Bucket(own))
 
-    def _plan(self, sizes: Sizes, bucket: Bucket) -> Plan:
+    def _plan(self, sizes: Sizes, bucket: Bucket, *, takes_existing: bool = False) -> Plan:
         values, padded = self.region.values(sizes), self.region.values(bucket.sizes)
         if self.region.kind == "forward":
             self._chosen.note(values, padded)
-        rows = [next(iter(dim.symbols)) for dim in self._padded_dims()]
         return Plan(
             sizes,
             bucket,
             readings=tuple(self._reading(tensor, values, padded) for tensor in self.region.staged),
-            rows_real=sum(values[s] for s in rows),
-            rows_padded=sum(padded[s] - values[s] for s in rows),
+            served=self._served(sizes, bucket.sizes, takes_existing),
             counts=tuple(count.make(values, self.region.device) for count in self.region.counts),
             to_probe=tuple(self._dims_to_probe(values, padded)),
         )
+
+    def _served(self, sizes: Sizes, bucket: Sizes, takes_existing: bool) -> Served:
+        """Return what counts such calls: the same for every plan made for them, as long as the same dims are padded."""
+        values, padded = self.region.values(sizes), self.region.values(bucket)
+        rows = {dim.name: next(iter(dim.symbols)) for dim in self._padded_dims()}
+        by_dim = {name: (values[symbol], padded[symbol] - values[symbol]) for name, symbol in rows.items()}
+        return self.served.setdefault((sizes, bucket, takes_existing, *rows), Served(by_dim, takes_existing))
 
     def _dims_to_probe(self, values: Values, padded: Values) -> list[DynamicDim]:
         if self.region.effect is not None:
@@ -172,10 +182,14 @@ class Planner:
         dims = [d for d in self._padded_dims() if verifies or d.to_probe is not None]
         return [d for d in dims if any(values[s] != padded[s] for s in d.symbols)]
 
-    def _bucket_sizes(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
-        """Return the capture sizes that serve ``sizes``: padded for ``dims``, where they may be; exact elsewhere."""
+    def _own_bucket(self, sizes: Sizes, dims: Sequence[DynamicDim]) -> Sizes | Refusal:
+        """Return the capture sizes closest to ``sizes``: padded for ``dims``, where they may be; exact elsewhere.
+
+        Of a region that communicates each dim's depends on that dim alone: all processes must come to the same.
+        """
         values = dict(self.region.values(sizes))
-        followed = self._chosen.at(values) if self.region.kind == "backward" else {}
+        followed = self._followed(values)
+        multiplied = 1 if self.region.effect is not None else len(dims)
         for dim in dims:
             found = {values[s] for s in dim.symbols}
             # The proof holds for dims of equal size. Rows of an input that share memory can't be padded apart.
@@ -189,24 +203,40 @@ class Planner:
             if len(of_forward) == 1 and max(of_forward) > n and admits(max(of_forward)):
                 values.update(dict.fromkeys(dim.symbols, max(of_forward)))
                 continue
-            size = buckets.choose(n, self._options.capture_sizes, dim.upper, admits, len(dims))
+            size = buckets.choose(n, self._options.capture_sizes, dim.upper, admits, multiplied)
             if size is None:
                 return Refusal(f"dim {dim.name} is larger than the largest of capture_sizes")
             values.update(dict.fromkeys(dim.symbols, size))
         kept = self._kept_equal(self.region.values(sizes), values, dims)
-        own = tuple(evaluate(s.size, kept) for s in self.region.sizes)
-        return own if followed else self._existing(self.region.values(sizes), own, dims) or own
+        return tuple(evaluate(s.size, kept) for s in self.region.sizes)
+
+    def _followed(self, real: Values) -> Values:
+        """Return the bucket of the forward, which a backward follows, unless other processes have another one."""
+        return self._chosen.at(real) if self.region.kind == "backward" and self.region.effect is None else {}
+
+    def allowance(self, dims: Sequence[DynamicDim] | None = None) -> float | None:
+        """Return how many more bytes, as a share, a call's inputs may have in a bucket that exists than in its own.
+
+        ``None`` where calls get no bucket but their own: where the user has chosen the sizes, and where the region
+        communicates, as other processes may have other buckets. ``dims`` are those padded; all that may be, if not
+        given.
+        """
+        count = len(self._padded_dims() if dims is None else dims)
+        if count < 2 or self._options.capture_sizes != "auto" or self.region.effect is not None:
+            return None
+        return count * _MORE_BYTES_PER_DIM
 
     def _existing(self, real: Values, own: Sizes, dims: Sequence[DynamicDim]) -> Sizes | None:
         """Return a bucket that exists and holds a call's sizes at little more cost than its ``own``; the least such.
 
         Sizes of several dims seldom come in the same combination again: nodes, edges and graphs, batch and length.
         """
-        if len(dims) < 2 or self._options.capture_sizes != "auto" or own in self.buckets:
+        allowance = self.allowance(dims)
+        if allowance is None or own in self.buckets or self._followed(real):
             return None
         padded = {symbol for dim in dims if dim.to_probe is None for symbol in dim.symbols}
         needed = self.region.values(own)
-        most = self._input_bytes(needed) * (1 + len(dims) * _MORE_BYTES_PER_DIM)
+        most = self._input_bytes(needed) * (1 + allowance)
 
         def serves(sizes: Sizes) -> bool:
             there = self.region.values(sizes)

@@ -32,8 +32,6 @@ class Counters:
 
     captures: int = 0
     replays: int = 0
-    rows_real: int = 0
-    rows_padded: int = 0
     staged_copies: int = 0
     read_in_place: int = 0
     outputs_copied_out: int = 0
@@ -42,8 +40,7 @@ class Counters:
     def count(self, plan: Plan, route: Route, copied_out: int) -> None:
         """Count a call that was answered from a graph, or from the run before its capture."""
         self.replays += 1
-        self.rows_real += plan.rows_real
-        self.rows_padded += plan.rows_padded
+        plan.served.calls += 1
         self.staged_copies += len(route.copies)
         self.read_in_place += len(route.in_place)
         self.outputs_copied_out += copied_out

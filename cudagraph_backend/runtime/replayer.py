@@ -59,7 +59,7 @@ class Replayer:
         self.region = region
         self.options = options
         self._debug = debug
-        self._cut_out = cut_out if region.refusal is None else None
+        self._cut_out = cut_out if region.refusal is None and not self._sends_padded() else None
         self._compiled = compiled
         self._plain = compacting(compiled, region)
         self._register = register
@@ -69,6 +69,10 @@ class Replayer:
         self._writes = any(i.mutated for i in region.inputs)
         self.reset()
         self._make_known()
+
+    def _sends_padded(self) -> bool:
+        """Return whether other processes get rows that are padded: an operator that is cut out runs at real sizes."""
+        return self.region.effect is not None and any(dim.refusal is None for dim in self.region.dims)
 
     def reset(self) -> None:
         """Forget graphs and places; the next call starts anew."""

@@ -140,6 +140,31 @@ class _OnTensors(TensorReferenceAnalysis):
     python_mod = mod
 
 
+def marked_sizes(gm: torch.fx.GraphModule) -> frozenset[sympy.Symbol]:
+    """Return the symbols that ``torch._dynamo.mark_dynamic`` has made: they don't depend on the sizes of earlier calls.
+
+    Others are there because calls differed, or may be one symbol for dims that were equal in the first call.
+    """
+    sizes = _sizes_given(gm)
+    inputs = (sizes[0].node.shape_env.tracked_fakes or ()) if sizes else ()
+    marked = [
+        expr(size)
+        for each in inputs
+        if isinstance(each.fake, torch.Tensor) and each.symbolic_context is not None
+        for size, constraint in zip(each.fake.shape, each.symbolic_context.constraint_sizes, strict=True)
+        if constraint is not None and not constraint.warn_only  # with a warning only, it is Dynamo's own
+    ]
+    return frozenset().union(*(size.free_symbols for size in marked))
+
+
+def _sizes_given(gm: torch.fx.GraphModule) -> list[torch.SymInt]:
+    """Return the symbolic numbers among the inputs of a Dynamo graph, and among their sizes."""
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided]
+    numbers = [*values, *(size for tensor in tensors for size in tensor.shape)]
+    return [number for number in numbers if isinstance(number, torch.SymInt)]
+
+
 def unify_factors(gm: torch.fx.GraphModule) -> None:
     """Let sizes be one whose products are guarded to be equal, as those of ``[B*S, V]`` logits and ``[B*S]`` labels.
 
@@ -147,10 +172,7 @@ def unify_factors(gm: torch.fx.GraphModule) -> None:
     compiled, a guard says so from now on: other calls are compiled for themselves. Sizes that the user has bounded are
     left alone, as torch raises where a guard narrows what was promised.
     """
-    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
-    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided]
-    numbers = [*values, *(size for tensor in tensors for size in tensor.shape)]
-    sizes = {expr(n): n for n in numbers if isinstance(n, torch.SymInt) and expr(n).is_Symbol}
+    sizes = {expr(n): n for n in _sizes_given(gm) if expr(n).is_Symbol}
     if not sizes:
         return
     env = next(iter(sizes.values())).node.shape_env

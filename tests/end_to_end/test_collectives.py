@@ -44,6 +44,7 @@ def total(x):
 def check(compiled, sizes):
     for number, n in enumerate(sizes):
         x = torch.arange(n * 2.0).view(n, 2) + rank
+        torch._dynamo.mark_dynamic(x, 0)
         torch.testing.assert_close(compiled(x), (torch.arange(n * 2.0).view(n, 2) * 2 + 1) * 2 + 1)
         mine = torch.tensor([float(number)])
         dist.all_reduce(mine)  # answered by the other process's collective of the same number, or all is off
@@ -105,6 +106,9 @@ def test_no_probe_runs_a_collective_again(tmp_path):
     run(
         tmp_path,
         """
+def total(x):
+    return funcol.all_reduce(x * 2, "sum", dist.group.WORLD) + 1 + 0 * x.median(0).values
+
 options = {"pad": "probe"} if rank == 0 else {"pad": "off"}
 check(torch.compile(total, backend="sharedgraph", dynamic=True, options={**options, "capture_sizes": [2, 8]}),
       (8, 4, 6, 3, 8))
@@ -117,9 +121,6 @@ def test_a_proof_is_not_verified_by_running_a_collective_again(tmp_path):
     run(
         tmp_path,
         """
-from cudagraph_backend.padding import Fact, padding_rule
-
-padding_rule("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor")(lambda call: call.keep(Fact.REPLICA))
 options = {"verify": "capture"} if rank == 0 else {}
 check(torch.compile(total, backend="sharedgraph", dynamic=True, options={**options, "capture_sizes": [2, 8]}),
       (8, 4, 6, 3, 8))
@@ -129,14 +130,12 @@ assert sg.stats().rows_padded > 0, sg.explain()
 
 
 def test_a_process_that_has_no_graph_communicates_as_those_that_have(tmp_path):
-    """With a rule of the user's for the collective it is padded: in the plain runs of one process, too."""
+    """It is padded in the plain runs of one process, too."""
     run(
         tmp_path,
         """
 from cudagraph_backend.errors import CaptureError
-from cudagraph_backend.padding import Fact, padding_rule
 
-padding_rule("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor")(lambda call: call.keep(Fact.REPLICA))
 captures = HostDriver.capture
 allowed = 1
 
@@ -153,5 +152,96 @@ check(torch.compile(total, backend="sharedgraph", dynamic=True, options={"captur
 stats = sg.stats()
 assert stats.rows_padded > 0, sg.explain()
 assert bool(stats.fallbacks) == (rank == 1), sg.explain()
+""",
+    )
+
+
+def test_processes_that_have_met_other_sizes_choose_the_same_bucket(tmp_path):
+    """One has a bucket of two dims that would do for what both send then; and it knows more sizes of the same code.
+
+    At sizes that are buckets of their own it may be sent rows without padding, as the other process does here.
+    """
+    run(
+        tmp_path,
+        """
+def both(shapes, call):
+    for shape in shapes:
+        for time in range(2):
+            x = torch.arange(float(shape[0] * shape[1])).view(shape) / 100 + rank + time
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 1)
+            torch.testing.assert_close(call(x), total(x))
+
+def in_place(x):
+    y = x * 2
+    dist.all_reduce(y)
+    return y + 1
+
+for function in (total, in_place):
+    compiled = torch.compile(function, backend="sharedgraph")
+    both([(64, 80)], compiled if rank == 1 else function)
+    both([(60, 61), (257, 70), (60, 78), (60, 61)], compiled)
+    if rank == 0:
+        sg.reset()
+    both([(60, 62), (59, 62)], compiled)
+stats = sg.stats()
+assert stats.fallbacks == {} and stats.rows_padded > 0, sg.explain()
+assert all(one.calls_in_existing == 0 for one in stats.padding), sg.explain()
+""",
+    )
+
+
+def test_what_one_process_takes_for_fixed_no_other_pads(tmp_path):
+    """For the second one Dynamo finds that a size changes, as it was called for a group of its own before."""
+    run(
+        tmp_path,
+        """
+alone = [dist.new_group([one]) for one in range(2)][rank]
+
+def total(x, group):
+    return funcol.all_reduce(x * 2, "sum", group) + 1
+
+compiled = torch.compile(total, backend="sharedgraph")
+if rank == 1:
+    for n in (3, 4, 9):
+        compiled(torch.ones(n, 2), alone)
+for n in (5, 5, 5, 7, 7):
+    x = torch.arange(n * 2.0).view(n, 2) + rank
+    torch.testing.assert_close(compiled(x, dist.group.WORLD), total(x, dist.group.WORLD))
+assert sg.stats().rows_padded == 0, sg.explain()
+assert "mark the dim with torch._dynamo.mark_dynamic in all of them" in sg.explain(), sg.explain()
+""",
+    )
+
+
+def test_a_tensor_parallel_model_is_padded(tmp_path):
+    """Columns, then rows of a weight in each process; at last a gather of columns, and one of rows that is cut out."""
+    run(
+        tmp_path,
+        """
+torch.manual_seed(rank)
+up, down, out = torch.randn(4, 6), torch.randn(6, 4), torch.randn(4, 3)
+
+def model(x):
+    x = funcol.all_reduce((x @ up).relu() @ down, "sum", dist.group.WORLD)
+    return funcol.all_gather_tensor(x @ out, 1, dist.group.WORLD).softmax(-1)
+
+def gathers_rows(x):
+    return funcol.all_gather_tensor(x * 2, 0, dist.group.WORLD) + 1
+
+def outcome(function, options):
+    compiled = torch.compile(function, backend="sharedgraph", options=options)
+    before = sg.stats().rows_padded
+    for n in (5, 7, 30, 3, 17, 7, 2, 30):
+        x = torch.randn(n, 4, generator=torch.Generator().manual_seed(n))
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), function(x))
+    return sg.stats().rows_padded > before
+
+gather = {"uncapturable_ops": ["_c10d_functional::all_gather_into_tensor"]}
+assert outcome(model, {}) and sg.stats().fallbacks == {}, sg.explain()
+assert not outcome(gathers_rows, {}), sg.explain()
+assert "padded rows come between the real rows of an output" in sg.explain(), sg.explain()
+assert outcome(gathers_rows, gather), sg.explain()
 """,
     )

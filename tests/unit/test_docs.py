@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
 
+import cudagraph_backend as sg
 from cudagraph_backend.debug import Debug
 from cudagraph_backend.options import Options
 from tests.architectures.catalogue import ARCHITECTURES
 from tests.opinfo.report import rules
 from tests.parity.catalogue import PROGRAMS
 from tests.parity.table import described
+from tests.support.ungenerated import Compile
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,3 +113,28 @@ def test_one_list_of_releases_of_torch():
     quoted = ", ".join(f'"{release}"' for release in releases)
     assert f"torch: [{quoted}]" in text_of(".github/workflows/ci.yml")
     assert f"torch {first} to {last}." in text_of("README.md")
+
+
+def centre(x: torch.Tensor) -> torch.Tensor:
+    return x - x.median(0).values
+
+
+def shown(text: str) -> list[str]:
+    """Lines of ``explain()``, without the user's files, torch's names of sizes, and copies that are not made."""
+    lines = [re.sub(r"\bs\d+\b", "s", line) for line in text.strip("\n").splitlines()]
+    lines = [re.sub(r" at \S+:\d+ in|; \d+ copied in graphs", "", line) for line in lines]
+    return [line for line in lines if not line.startswith(("region", "  from"))]
+
+
+def test_the_readme_shows_what_explain_says(compiles: Compile):
+    seen = section(text_of("README.md"), "Seeing what it does")
+    blocks = [shown(block) for block in seen.split("```")[1::2] if "buckets:" in block]
+    one_dim, two_dims = compiles(centre, dynamic=None), compiles(torch.exp)
+    for n in (7, 9, 7):
+        x = torch.randn(n, 4)
+        torch._dynamo.mark_dynamic(x, 0)
+        one_dim(x)
+    assert shown(sg.explain()) == blocks[0]
+    for shape in ((5, 20), (7, 24), (8, 17), (60, 78), (60, 60)):
+        two_dims(torch.randn(shape))
+    assert "\n".join(blocks[1]) in "\n".join(shown(sg.explain()))

@@ -24,6 +24,7 @@ from cudagraph_backend.runtime.places import Places
 from cudagraph_backend.runtime.plan import Bucket, Plan
 from cudagraph_backend.runtime.readings import Reading
 from cudagraph_backend.runtime.route import Place, Route
+from cudagraph_backend.runtime.served import Served
 from cudagraph_backend.torch_internals import Shapes
 
 LOAN = Loan("region 0 (inference)", ((0, 0, 64),), ("model.py:3 in f: return x * 2",))
@@ -62,7 +63,9 @@ def plan_for(places: Places, rows: int = 1, bucket: int | None = None, with_cach
     if with_cache:
         fixed = shape(CACHE_ROWS)
         readings[-1] = Reading(readings[-1].index, torch.float32, fixed, fixed, (1, 1), "replica", 0, is_fixed=True)
-    return Plan((rows,), Bucket((bucket,)), tuple(readings), rows, bucket - rows)
+    return Plan(
+        (rows,), Bucket((bucket,)), tuple(readings), Served({"s0": (rows, bucket - rows)}, takes_existing=False)
+    )
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from cudagraph_backend.errors import Refusal
 from cudagraph_backend.options import Options
 from cudagraph_backend.region import DynamicDim, Region, SizeInput, TensorInput, evaluate, evaluate_all
 from cudagraph_backend.torch_internals import Shapes
+from tests.support.ungenerated import Compile
 
 N, M = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 
@@ -73,45 +74,6 @@ def test_a_dim_is_named_by_its_symbols():
 
 
 # ------------------------------------------------------------------------------------------------ calls
-
-Compile = Callable[..., Callable[..., Any]]
-
-
-class RunsItsGraph:
-    """Stands for the code that Inductor makes: runs the graph and states what Inductor would state of it."""
-
-    _boxed_call = True
-
-    def __init__(self, gm: torch.fx.GraphModule):
-        self.run = gm.forward
-        outputs = gm.graph.output_node().args[0]
-        values = [o.meta["val"] if isinstance(o, torch.fx.Node) else o for o in outputs]
-        self.strides = [tuple(map(str, v.stride())) if isinstance(v, torch.Tensor) else None for v in values]
-        inputs = list(gm.graph.find_nodes(op="placeholder"))
-        writes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-        self.mutated = frozenset(inputs.index(node.args[0]) for node in writes)
-
-    def __call__(self, args: list[Any]) -> Any:
-        given = list(args)
-        args.clear()
-        return self.run(*given)
-
-
-@pytest.fixture
-def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
-    """``torch.compile`` with our backend; nothing is generated."""
-    monkeypatch.setattr(torch_internals, "compile_region", lambda gm, example_inputs, **kwargs: RunsItsGraph(gm))
-    monkeypatch.setattr(torch_internals, "is_compiled_graph", lambda compiled: isinstance(compiled, RunsItsGraph))
-    monkeypatch.setattr(torch_internals, "uncapturable_reason", lambda compiled: None)
-    monkeypatch.setattr(torch_internals, "output_strides", lambda compiled: compiled.strides)
-    monkeypatch.setattr(torch_internals, "mutated_inputs", lambda compiled: compiled.mutated)
-
-    def compile_with(model: Callable[..., Any], dynamic: bool | None = True, **options: Any) -> Callable[..., Any]:
-        return torch.compile(model, backend=cudagraph_backend.sharedgraph, dynamic=dynamic, options=options)
-
-    torch._dynamo.reset()
-    yield compile_with
-    torch._dynamo.reset()
 
 
 def assert_replayed(calls: int) -> None:

@@ -6,7 +6,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -386,6 +386,27 @@ def test_a_guard_on_two_sizes_is_checked_together():
     assert shapes.admits([6, 9])
     assert shapes.admits([8, 16])
     assert not shapes.admits([16, 9])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_marked_sizes_are_those_that_no_earlier_call_decides(dynamic: bool | None):
+    found: list[tuple[sympy.Expr, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        marked = torch_internals.marked_sizes(gm)
+        values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        found.append(tuple(expr(size) in marked for tensor in tensors for size in tensor.shape))
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: (x + 1, y + 1), backend=backend, dynamic=dynamic)
+    for n in (5, 7):  # the second call shows that the other sizes change, too
+        x, y = torch.randn(n, n + 1), torch.randn(n)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x, y)
+    assert set(found) == {(True, False, False)}
+    assert len(found) == (1 if dynamic else 2)
 
 
 def test_a_region_without_symbols_admits_its_only_sizes():

@@ -2,6 +2,7 @@
 
 from . import (
     attention,
+    collectives,
     contractions,
     convolution,
     factories,
@@ -20,6 +21,7 @@ from .pointwise import pointwise
 
 __all__ = [
     "attention",
+    "collectives",
     "contractions",
     "convolution",
     "factories",
