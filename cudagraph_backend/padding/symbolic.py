@@ -64,12 +64,16 @@ def row_dims(shape: Sequence[sympy.Expr]) -> tuple[RowDim, ...]:
 
 @lru_cache(maxsize=4096)
 def _affine(size: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """Return ``count`` and ``more`` of a size ``count * n + more``; ``None`` for others: ``n**2``, ``floor(n/2)``."""
+    """Return ``count`` and ``more`` of a size ``count * n + more``; ``None`` for others: ``n**2``, ``floor(n/2)``.
+
+    A size that falls as rows are added (``9 - n``) has no place for padded ones.
+    """
     if not size.is_polynomial(ROWS):
         return None
     more = size.xreplace({ROWS: sympy.S.Zero})
     count = _quotient(sympy.expand(size - more), ROWS)
-    return (count, more) if count.is_integer and not count.has(ROWS) else None
+    grows = count.is_nonnegative or more.is_nonpositive  # either way, as no size is negative
+    return (count, more) if grows and count.is_integer and not count.has(ROWS) else None
 
 
 def hide(shape: Sequence[sympy.Expr], dims: Container[int]) -> tuple[sympy.Expr, ...]:

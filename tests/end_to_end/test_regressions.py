@@ -12,7 +12,7 @@ from torch import nn
 
 import cudagraph_backend as sg
 from cudagraph_backend.runtime.allocations import Allocations
-from tests.support.regions import compiled
+from tests.support.regions import check, compiled
 
 
 def test_an_output_that_is_saved_for_backward_must_not_be_changed_in_place(device):
@@ -386,3 +386,15 @@ def test_outputs_of_many_steps_are_kept(device):
     for got, expected in kept:
         torch.testing.assert_close(got, expected)
     assert sg.stats().fallbacks == {}
+
+
+def test_sizes_that_fall_as_rows_are_added(device):
+    """What is left of a queue, of which as many entries go as come: a bucket's padded rows would take real ones."""
+
+    def step(queue, x):
+        left = queue[x.shape[0] :] * 2
+        queue.copy_(torch.cat([left, x]))
+        return left, left.sum(0) + x
+
+    check(step, lambda n: [torch.randn(70, 4, device=device), torch.randn(n, 4, device=device)])
+    assert "a size is not a multiple of the rows" in sg.explain()

@@ -262,6 +262,8 @@ def numbers(x: Tensor) -> Tensor:
     ("function", "reason"),
     [
         (lambda x: x[::2] * 2, "not a multiple of the rows"),
+        (lambda x: x.new_ones(70, 4)[x.shape[0] :] * 2, "not a multiple of the rows"),
+        (lambda x: x.new_ones(70 - x.shape[0]), "not a multiple of the rows"),
         (lambda x: x.median(0).values, "over the padded rows"),
         (lambda x: torch.histc(x), "bins"),
         (lambda x: torch.zeros(7, 4).scatter_reduce(0, column(x[:, 0].long()), x, "prod"), "padded rows write"),
