@@ -4,8 +4,8 @@ A form computes the same at the exact size. Nothing is believed of it: the walk 
 of, and masks what these read, as if the user had written them. Importing this package registers all forms.
 """
 
-from . import attending, bags, constants, moves, sorting, statistics
+from . import attending, bags, constants, moves, selecting, sorting, statistics
 from .form import form_of
 from .site import Site
 
-__all__ = ["Site", "attending", "bags", "constants", "form_of", "moves", "sorting", "statistics"]
+__all__ = ["Site", "attending", "bags", "constants", "form_of", "moves", "selecting", "sorting", "statistics"]

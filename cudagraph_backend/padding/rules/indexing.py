@@ -11,7 +11,13 @@ from ..call import Call, by_place, is_exact, leaves, one_line, rule
 from ..lattice import FREE, Fact, Operand, RefusePadding, Results, Rows, common, in_order, meet
 
 #: Operators whose indices count from the front only.
-_NEVER_NEGATIVE = ("aten::index_add", "aten::index_copy", "aten::index_select", "aten::embedding")
+_NEVER_NEGATIVE = (
+    "aten::embedding",
+    "aten::index_add",
+    "aten::index_copy",
+    "aten::index_reduce",
+    "aten::index_select",
+)
 
 
 def _by_number(call: Call, name: str, operand: Operand, rows: Rows) -> Hashable:
@@ -113,7 +119,7 @@ def scatter(call: Call) -> Results:
 @rule("aten::index_put", "aten::_unsafe_index_put", line=_by_place_of_index)
 def index_put(call: Call) -> Results:
     """Writes ``values`` where ``indices`` say."""
-    return _writes(call, _by_dim(call["indices"]), call["values"], call["accumulate"])
+    return _writes(call, _by_dim(call["indices"]), call["values"], "sum" if call["accumulate"] else None)
 
 
 @rule(
@@ -121,13 +127,14 @@ def index_put(call: Call) -> Results:
     "aten::index_fill.int_Scalar",
     "aten::index_fill.int_Tensor",
     "aten::index_add",
+    "aten::index_reduce",
     line=one_line,
 )
 def index_along(call: Call) -> Results:
     """Writes along one dim."""
     source = call["source"] if call["source"] is not None else call["value"]
-    adds = str(call.node.target).startswith("aten.index_add")
-    return _writes(call, {call["self"].dim(call["dim"]): call["index"]}, source, adds)
+    reduces = "sum" if call.operator == "aten::index_add" else call["reduce"]
+    return _writes(call, {call["self"].dim(call["dim"]): call["index"]}, source, reduces)
 
 
 @rule("aten::slice_scatter", "aten::select_scatter", line=one_line)
@@ -180,16 +187,6 @@ def _among_rows(call: Call, boundaries: Operand, entries: object) -> Results:
         raise RefusePadding(otherwise)
     call.fill(boundaries, "highest", otherwise)
     return call.keep(Fact.NOTHING, entries) if entries.rows else FREE  # type: ignore[attr-defined, arg-type]
-
-
-@rule("aten::index_reduce")
-def index_reduce(call: Call) -> Results:
-    """Reduces along one dim: each row into its own row."""
-    operand, source = call["self"], call["source"]
-    _same_rows(operand, source)
-    if call["index"].rows is not FREE or operand.dim(call["dim"]) == operand.row_dim:
-        raise RefusePadding("writes to rows by numbers")
-    return call.keep(Fact.REPLICA)
 
 
 @rule("aten::_unsafe_masked_index_put_accumulate", line=_by_place_of_index)
@@ -273,7 +270,7 @@ def _picks(operand: Operand, indices: Mapping[int, Operand]) -> bool:
     return index is not None and not _is_own(index, operand)
 
 
-def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumulate: bool) -> Results:
+def _writes(call: Call, indices: Mapping[int, Operand], values: object, reduces: str | None) -> Results:
     operand: Operand = call["self"]
     picks = _picks(operand, indices)
     deciding = _reads(call, operand, indices)
@@ -285,7 +282,7 @@ def _writes(call: Call, indices: Mapping[int, Operand], values: object, accumula
         facts = Fact.REPLICA if source is None or source.rows is FREE else Fact.REPLICA | Fact.ZERO
         return call.keep(facts, *deciding, *filter(None, [source]))
     if is_by_row:
-        _padded_write_nothing(call, [*indices.values()], source, "sum" if accumulate else None)
+        _padded_write_nothing(call, [*indices.values()], source, reduces)
     if operand.rows is FREE:
         return FREE
     return in_order(call.keep(Fact.NOTHING if is_by_row else Fact.ZERO, operand))

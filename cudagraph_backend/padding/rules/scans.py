@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..call import Call, rule
-from ..lattice import Fact, RefusePadding, Results, in_order
+from ..lattice import Fact, Filling, RefusePadding, Results, in_order
+
+#: What changes nothing in entries that come later.
+_NEUTRAL: Mapping[str, Filling] = {"aten::cumsum": 0, "aten::cumprod": 1, "aten::logcumsumexp": "lowest"}
+_REFUSED = "padded rows come before real rows in a scan"
 
 
 @rule("aten::cumsum", "aten::cumprod", "aten::logcumsumexp")
 def scan(call: Call) -> Results:
     """Scans along the rows, where only earlier rows matter, or along another dim.
 
-    What the padded rows hold after a scan along the rows is lost track of.
+    Padded rows that come before real ones must change nothing. What the padded rows hold after a scan along the rows
+    is lost track of.
     """
+    operand = call.only("self")
+    if _along_rows(call) and not operand.together:
+        call.fill(operand, _NEUTRAL[call.operator], _REFUSED)
     return _ordered(call, call.keep(_facts(call)))
 
 
 @rule("aten::cummax", "aten::cummin")
 def scan_with_places(call: Call) -> Results:
     """Scans as :func:`scan`, and gives the place of each extreme."""
+    if _along_rows(call) and not call["self"].together:
+        raise RefusePadding(_REFUSED)
     return tuple(_ordered(call, result) for result in call.each(_facts(call)))
 
 
@@ -29,11 +40,7 @@ def _along_rows(call: Call) -> bool:
 
 
 def _facts(call: Call) -> Fact:
-    if not _along_rows(call):
-        return Fact.REPLICA
-    if not call["self"].rows.together:
-        raise RefusePadding("padded rows come before real rows in a scan")
-    return Fact.NOTHING
+    return Fact.NOTHING if _along_rows(call) else Fact.REPLICA
 
 
 def _ordered(call: Call, result: Any) -> Any:

@@ -89,6 +89,11 @@ ROWS_BY_NUMBER: dict[str, tuple[Callable[..., Any], list[Callable[[], Tensor]]]]
         lambda x: torch.zeros(x.numel()).index_put((x.reshape(-1).argsort(),), x.reshape(-1).cumsum(0)),
         [lambda: rows(5, 3)],
     ),
+    "index_reduce": (lambda x, i: x.index_reduce(0, i, x * 2, "amax"), [rows, places]),
+    "index_reduce to a table": (
+        lambda x, i: torch.zeros(7, 4).index_reduce(0, i, x.cumsum(0), "amin", include_self=False),
+        [rows, places],
+    ),
     "index_copy": (lambda x, i: x.index_copy(0, i, -x[:2]), [rows, lambda: torch.tensor([4, 1])]),
 }
 ROWS_MOVED: dict[str, tuple[Callable[..., Any], list[Callable[[], Tensor]]]] = {
@@ -117,7 +122,29 @@ ROWS_MOVED: dict[str, tuple[Callable[..., Any], list[Callable[[], Tensor]]]] = {
     "least rows": (lambda x: x[x[:, 0].topk(2, largest=False).indices], [rows]),
     "histogram": (lambda x, i: torch.histc(i.float(), 4, 0, 3), [rows, places]),
 }
-PROGRAMS = SIZES_AS_VALUES | ROWS_BY_NUMBER | ROWS_MOVED
+WRITTEN_BY_MASK: dict[str, tuple[Callable[..., Any], list[Callable[[], Tensor]]]] = {
+    "a number": (lambda x: x.index_put((x > 0,), torch.tensor(2.0)), [rows]),
+    "a number in rows": (lambda x: x.index_put((x[:, 0] > 0,), torch.tensor([3.0])), [rows]),
+    "a row": (lambda x, v: x.index_put((x[:, 0] > 0,), v), [rows, lambda: torch.randn(4)]),
+    "a row of one": (lambda x, v: x.index_put((x[:, 0] > 0,), v), [rows, lambda: torch.randn(1, 4)]),
+    "columns": (lambda x, v: torch.ops.aten.index_put(x, [None, x[0] > 0], v), [rows, lambda: torch.randn(1)]),
+    "in two dims": (
+        lambda x, v: x.index_put((x[..., 0] > 0,), v),
+        [lambda: dynamic(torch.randn(3, 5, 4), 1), lambda: torch.randn(1, 4)],
+    ),
+    "in order": (lambda x, v: x.masked_scatter(x > 0, v), [rows, lambda: torch.randn(20)]),
+    "in order, by row": (lambda x, v: x.masked_scatter(x[:, :1] > 0, v), [rows, lambda: torch.randn(20)]),
+    "in order, in more dims": (
+        lambda x, v: x.masked_scatter(torch.stack([x > 0, x < 1]), v),
+        [rows, lambda: torch.randn(40)],
+    ),
+    "in order, rows": (lambda x: x.masked_scatter(x[:, :1] > 0, x.exp()), [rows]),
+    "in order, along columns": (
+        lambda x, v: x.masked_scatter(x > 0, v),
+        [lambda: dynamic(torch.randn(4, 5), 1), lambda: torch.randn(20)],
+    ),
+}
+PROGRAMS = SIZES_AS_VALUES | ROWS_BY_NUMBER | ROWS_MOVED | WRITTEN_BY_MASK
 
 
 @pytest.mark.slow
@@ -169,6 +196,7 @@ def is_wrong(found: Any, verdict: Any) -> bool:
         (lambda x, i: x.scatter_add(0, i[:, None].expand(-1, 4), x[:3]), [0, 5, 1]),
         (lambda x, i: x.index_put((i,), x[:3], accumulate=True), [2, 5, 1]),
         (lambda x, i: F.embedding(i, x), [0, 5, 1]),
+        (lambda x, i: x.index_reduce(0, i, x[:3], "amax"), [0, -1, 1]),
     ],
 )
 def test_a_number_outside_never_picks_a_padded_row(function, index):
@@ -226,6 +254,15 @@ def test_gradients_of_embeddings():
         assert refute(found, verdict) is None
 
 
+def test_a_mask_of_another_dim_is_not_unified_with_what_it_covers():
+    """To choose by it would add a guard while the proof is made, after which one symbol stands for both."""
+    found = region(lambda x, m: x.index_put((m,), torch.tensor(2.0)), rows(), dynamic(torch.ones(5) > 0))
+    symbols = found.symbols()
+    assert len(symbols) == 2
+    assert "their number depends on values" in found.prove(masked=True).refusal.reason
+    assert found.symbols() == symbols
+
+
 def test_two_dims_one_after_the_other():
     """Means of the entries of both, each counted."""
     found = region(lambda x: x - x.mean(), dynamic(torch.randn(5, 7), 0, 1))
@@ -265,8 +302,11 @@ def numbers(x: Tensor) -> Tensor:
         (lambda x: x.new_ones(70, 4)[x.shape[0] :] * 2, "not a multiple of the rows"),
         (lambda x: x.new_ones(70 - x.shape[0]), "not a multiple of the rows"),
         (lambda x: x.median(0).values, "over the padded rows"),
+        (lambda x: torch.ops.aten.index_put(x, [x > 0], x.new_ones(1), True), "their number depends on values"),
+        (lambda x: x.masked_scatter(x > 9, x.new_ones(0)), "no padding rule for this operator"),
         (lambda x: torch.histc(x), "bins"),
         (lambda x: torch.zeros(7, 4).scatter_reduce(0, column(x[:, 0].long()), x, "prod"), "padded rows write"),
+        (lambda x: torch.zeros(7, 4).index_reduce(0, numbers(x), x, "prod"), "padded rows write"),
         (lambda x: torch.zeros(7, 2).scatter_add(0, column(numbers(x))[:, :2], x.view(-1, 2)), "different places"),
         (lambda x: torch.zeros(7, 4).scatter_add(0, column(numbers(x)[1:]), x), "different places"),
         (

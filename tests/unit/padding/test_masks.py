@@ -91,6 +91,9 @@ MASKED = {
     "written by choice": (lambda x, t: t[:9].index_put((x.argmax(1),), x), [rows, own_table]),
     "added by choice": (lambda x, t: t[:9].index_put((x.argmax(1),), x, accumulate=True), [rows, own_table]),
     "convolution": (lambda x: F.conv1d(x, torch.ones(2, 3, 3), padding=1), [lambda: rows(2, 3, 5, dim=2)]),
+    "running sum over blocks": (lambda x: torch.cat([x, x.exp()]).cumsum(0).chunk(2)[1] * 2, [rows]),
+    "running product over columns": (lambda x: x.reshape(-1).cumprod(0).reshape(3, -1), [lambda: rows(3, 5, dim=1)]),
+    "running log sum over blocks": (lambda x: torch.cat([x, x.exp()]).logcumsumexp(0).chunk(2)[1] * 2, [rows]),
     "differences": (lambda x: torch.diff(x, prepend=x.new_zeros(1, 4), dim=0).abs().sum(0), [rows]),
     "shifted": (lambda x: (x[1:] * x[:-1]).sum(0), [rows]),
     "windows": (lambda x: x.unfold(0, 3, 1).amax(-1).sum(0), [rows]),
@@ -145,6 +148,7 @@ def test_without_its_masks_the_region_is_wrong(name, monkeypatch):
         lambda x: x[-1],  # a view of an input, which AOTAutograd makes anew from its strides
         lambda x: x.t().argmax(),
         lambda x: (x @ x.t()).argmin(),
+        lambda x: torch.cat([x, x]).cummax(0).indices.chunk(2)[1] * 2,
         lambda x: x[:, None].expand(-1, x.shape[0], -1).reshape(-1, 4),
         lambda x: F.conv1d(x.t()[None], torch.ones(2, 4, 3), stride=2),
     ],
