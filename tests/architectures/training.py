@@ -322,7 +322,7 @@ def _other() -> Iterator[Program]:
     shortened, trained = {"batch": PADDED, "length": over}, {"batch": joined, "length": over}
     model: Any = Downsampled
     yield Program("Downsampled (Conv1d)", OTHER, model, _texts, _TEXTS, _shortened, _short_loss, shortened, trained)
-    yield Program("Tagger (Conv1d)", OTHER, Tagger, _texts, _TEXTS, _tagged, _tag_loss, _BOTH, shortened)
+    yield Program("Tagger (Conv1d)", OTHER, Tagger, _texts, _TEXTS, _tagged, _tag_loss, _BOTH, _BOTH)
     sequences = dict.fromkeys(("x", "classes"), ("batch",))
     model = _transformer
     yield Program("nn.TransformerEncoder", OTHER, model, _sequences, sequences, _forward, _pooled_loss, _BATCH, _BATCH)
@@ -342,8 +342,7 @@ def _mixtures() -> Iterator[Program]:
     mixtral = partial(_hugging_face, "MixtralForCausalLM", "MixtralConfig", **EXPERTS)
     sort = "reduces or sorts over the padded rows (aten.sort"
     scored = {"batch": PADDED, "length": sort}
-    trained = {"batch": "no padding rule for this operator (transformers.grouped_mm_fallback_backward", "length": sort}
-    yield Program("Mixtral", MIXED, mixtral, _texts, _TEXTS, _scored, _language_loss, scored, trained)
+    yield Program("Mixtral", MIXED, mixtral, _texts, _TEXTS, _scored, _language_loss, scored, scored)
 
 
 def programs() -> Iterator[Program]:

@@ -69,7 +69,8 @@ def grouped_product(call: Call) -> Results:
     Rows behind the last group are in none.
     """
     left, right, ends = [*call.arguments.values()][:3]
-    if ends is None or ends.rows is not FREE or call["bias"] is not None:
+    _groups_stay(ends, left, right)
+    if call["bias"] is not None:
         raise RefusePadding("the groups depend on the padded rows")
     if left.row_dim == 0 and len(left.shape) == 2 and len(right.shape) == 3 and right.rows is FREE:
         return call.keep(Fact.NOTHING, left)
@@ -78,3 +79,21 @@ def grouped_product(call: Call) -> Results:
     for operand in call.aligned([left, right]):
         call.fill(operand, 0, "sums products over the padded rows")
     return FREE
+
+
+@rule("transformers::grouped_mm_fallback_backward", line=one_line)
+def grouped_product_backward(call: Call) -> Results:
+    """Multiplies each group's gradients with the group's matrix, and sums their products with the group's rows."""
+    rows, grad = call.only("input", "grad_output"), call["grad_output"]
+    _groups_stay(call["offs"], rows, grad)
+    if rows.row_dim != 0 or grad.row_dim != 0:
+        raise RefusePadding("rows along different dims meet")
+    for operand in call.aligned([rows, grad]):
+        call.fill(operand, 0, "sums products over the padded rows")
+    return (call.each(Fact.NOTHING)[0], FREE)
+
+
+def _groups_stay(ends: Operand | None, *operands: Operand) -> None:
+    """Refuses groups of other rows than at the exact size: their ends are numbers of rows."""
+    if ends is None or ends.rows is not FREE or not all(operand.together for operand in operands):
+        raise RefusePadding("the groups depend on the padded rows")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..call import Call, one_line, rule
-from ..lattice import FREE, Fact, RefusePadding, Results, in_order
+from ..lattice import FREE, Fact, RefusePadding, Results, Rows, in_order
 
 
 @rule("aten::convolution", "aten::_convolution", line=one_line)
@@ -46,16 +46,22 @@ def _by_channel(call: Call) -> Results:
 
 @rule("aten::convolution_backward")
 def convolution_backward(call: Call) -> Results:
-    """Sums the gradients of weight and bias over the batch: exact only over zeros."""
+    """Sums the gradients of weight and bias over the rows, along the batch or a dim that the kernel goes over.
+
+    That is exact over zeros. Along such a dim an entry's gradient comes from places around it: from padded ones, zero.
+    """
     grad, image = call["grad_output"], call.only("input", "grad_output")
-    if grad.row_dim != 0 or image.row_dim != 0:
+    if grad.row_dim != image.row_dim or image.row_dim in (None, 1):
         raise RefusePadding("convolves over the padded rows")
-    _, of_weight, of_bias = call["output_mask"]
-    grad_image, *_ = call.each(Fact.REPLICA)
-    for operand, is_summed in ((grad, of_weight or of_bias), (image, of_weight)):
-        if is_summed and not operand.holds(Fact.ZERO):
-            call.fill(operand, 0, "sums over the padded rows")
-    return (grad_image, FREE, FREE)
+    along = image.row_dim != 0
+    if along and (call["transposed"] or not (grad.together and image.together)):
+        raise RefusePadding("convolves over the padded rows")
+    of_image, of_weight, of_bias = call["output_mask"]
+    grad_image, *_ = call.each(Fact.NOTHING if along else Fact.REPLICA)
+    for operand, is_mixed in ((grad, of_weight or of_bias or (along and of_image)), (image, of_weight)):
+        if is_mixed and not operand.holds(Fact.ZERO):
+            call.fill(operand, 0, "convolves over the padded rows" if along else "sums over the padded rows")
+    return (in_order(grad_image) if along and isinstance(grad_image, Rows) else grad_image, FREE, FREE)
 
 
 def _over_last(count: int, *operators: str) -> None:

@@ -55,6 +55,20 @@ def fused_with_mask(x):
     return fused(x, attn_mask=(positions[None] <= positions[:, None]) & (positions[None] > positions[:, None] - 3))
 
 
+def convolution_backward(x, transposed=False, wanted=(True, True, True)):
+    """Of a convolution whose result is as long as what it reads."""
+    kernel = torch.linspace(-1, 1, 27).view(3, 3, 3)
+    options = ([1], [1], [1], transposed, [0], 1, list(wanted))
+    return torch.ops.aten.convolution_backward(x.cos(), x, kernel, [3], *options)
+
+
+def longer_convolution_backward(x):
+    """Of one in two dims, whose result is longer."""
+    kernel, grad = torch.linspace(-1, 1, 18).view(3, 3, 2, 1), F.pad(x.cos(), (2, 2, 0, 1))
+    options = ([1, 1], [1, 2], [1, 1], False, [0, 0], 1, [True] * 3)
+    return torch.ops.aten.convolution_backward(grad[:, :, :5], x, kernel, [3], *options)
+
+
 def experts(x, weights):
     """Each row by the two experts it chooses."""
     scores, chosen = (x @ x.new_ones(4, 6).tril()).topk(2, -1)
@@ -91,6 +105,16 @@ MASKED = {
     "written by choice": (lambda x, t: t[:9].index_put((x.argmax(1),), x), [rows, own_table]),
     "added by choice": (lambda x, t: t[:9].index_put((x.argmax(1),), x, accumulate=True), [rows, own_table]),
     "convolution": (lambda x: F.conv1d(x, torch.ones(2, 3, 3), padding=1), [lambda: rows(2, 3, 5, dim=2)]),
+    "gradients of a convolution": (lambda x: convolution_backward(x), [lambda: rows(2, 3, 5, dim=2)]),
+    "gradient of a convolution's input": (
+        lambda x: convolution_backward(x, wanted=(True, False, False))[0],
+        [lambda: rows(2, 3, 5, dim=2)],
+    ),
+    "gradient of a convolution's weight": (
+        lambda x: convolution_backward(x, wanted=(False, True, False))[1],
+        [lambda: rows(2, 3, 5, dim=2)],
+    ),
+    "gradients of a longer convolution": (longer_convolution_backward, [lambda: rows(2, 3, 4, 5, dim=3)]),
     "running sum over blocks": (lambda x: torch.cat([x, x.exp()]).cumsum(0).chunk(2)[1] * 2, [rows]),
     "running product over columns": (lambda x: x.reshape(-1).cumprod(0).reshape(3, -1), [lambda: rows(3, 5, dim=1)]),
     "running log sum over blocks": (lambda x: torch.cat([x, x.exp()]).logcumsumexp(0).chunk(2)[1] * 2, [rows]),
@@ -151,6 +175,8 @@ def test_without_its_masks_the_region_is_wrong(name, monkeypatch):
         lambda x: torch.cat([x, x]).cummax(0).indices.chunk(2)[1] * 2,
         lambda x: x[:, None].expand(-1, x.shape[0], -1).reshape(-1, 4),
         lambda x: F.conv1d(x.t()[None], torch.ones(2, 4, 3), stride=2),
+        lambda x: convolution_backward(x[:, :3].t()[None], transposed=True)[0],
+        lambda x: convolution_backward(torch.cat([x, x])[:, :3].t()[None])[0].chunk(2, 2)[1] * 2,
     ],
 )
 def test_what_no_mask_makes_exact_is_refused(function):
@@ -162,6 +188,59 @@ def test_places_among_all_entries_stay_where_rows_are_outermost():
     verdict = found.prove(masked=True)
     assert verdict.masks == 2
     assert refute(found, verdict) is None
+
+
+def grouped(ends, join=lambda x: x):
+    """Of rows in two groups, with a matrix each: their products, and the gradients of these."""
+
+    def run(x, weight):
+        rows, offs = join(x), torch.tensor(ends, dtype=torch.int32)
+        products = torch.ops.aten._grouped_mm(rows, weight, offs)
+        summed = torch.ops.aten._grouped_mm(rows.t(), products, offs)
+        return products[: x.shape[0]] * 2, summed
+
+    return run
+
+
+def matrices():
+    return torch.randn(2, 16, 16, dtype=torch.bfloat16)
+
+
+def test_groups_of_rows():
+    torch.manual_seed(0)
+    found = traced(grouped([3, 8]), dynamic(torch.randn(8, 16, dtype=torch.bfloat16)), matrices())
+    verdict = found.prove(masked=True)
+    assert verdict.refusal is None, str(verdict.refusal)
+    assert refute(found, verdict, tolerance=1e-2) is None
+
+
+def test_groups_of_rows_that_are_joined_end_to_end():
+    function = grouped([6, 16], lambda x: torch.cat([x, x.exp()]))
+    found = traced(function, dynamic(torch.randn(8, 16, dtype=torch.bfloat16)), matrices())
+    assert_moved(found, tolerance=1e-2)
+
+
+def assert_moved(found, **options):
+    """Joined rows are put in order, real ones first, and then it is right."""
+    verdict = found.prove(masked=True)
+    assert "aten::cat" in verdict.forms
+    assert refute(found, verdict, **options) is None
+
+
+def test_gradients_of_groups_of_rows():
+    pytest.importorskip("transformers.integrations.moe")
+    torch.manual_seed(0)
+
+    def gradients(x, join=lambda x: x):
+        offs = torch.tensor([2, 5])
+        rows, weight = join(x), torch.linspace(-1, 1, 32).view(2, 4, 4)
+        return torch.ops.transformers.grouped_mm_fallback_backward(rows, weight, offs, rows.cos())
+
+    found = traced(lambda x: gradients(x), rows())
+    verdict = found.prove(masked=True)
+    assert verdict.refusal is None, str(verdict.refusal)
+    assert refute(found, verdict) is None
+    assert_moved(traced(lambda x: gradients(x, lambda x: torch.cat([x, x.exp()]))[1], rows()))
 
 
 def test_numbers_without_an_order_have_no_least_one():

@@ -246,6 +246,7 @@ UNKNOWN_TO_SOME_VERSIONS = {
     ("prims", "prepare_softmax_online"),
     ("prims", "_low_memory_max_pool_with_offsets"),
     ("transformers", "grouped_mm_fallback"),
+    ("transformers", "grouped_mm_fallback_backward"),
 }
 
 
