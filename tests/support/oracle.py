@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
@@ -26,6 +26,7 @@ from cudagraph_backend.padding.prove import Verdict, prove
 
 Fill = Literal["replica", "zero", "poison", "extreme"]
 BUCKETS = (6, 13, 20, 60, 840)
+Sizes: TypeAlias = "dict[sympy.Symbol, int]"
 _NUMBERS = (torch.SymInt, torch.SymFloat)
 
 
@@ -66,9 +67,10 @@ class Region:
     def buckets(self, *symbols: sympy.Symbol) -> list[int]:
         """A few larger sizes of ``symbols`` that the guards taken while tracing admit."""
         exact = self.sizes()
-        return [b for b in BUCKETS if b > exact[symbols[0]] and self._admits(exact | dict.fromkeys(symbols, b))]
+        return [b for b in BUCKETS if b > exact[symbols[0]] and self.admits(exact | dict.fromkeys(symbols, b))]
 
-    def _admits(self, sizes: dict[sympy.Symbol, int]) -> bool:
+    def admits(self, sizes: Sizes) -> bool:
+        """Whether the guards taken while tracing admit ``sizes``."""
         for meta in self.metas:
             for size in meta.shape if isinstance(meta, torch.Tensor) else [meta]:
                 if isinstance(size, torch.SymInt):
@@ -170,17 +172,23 @@ def _recorder(module: GraphModule, frame: int | None, found: list[Region]) -> Ca
 
 
 def refutation(
-    region: Region, verdict: Verdict, bucket: int, fill: Fill | Mapping[str, Fill], tolerance: float = 1e-5
+    region: Region,
+    verdict: Verdict,
+    bucket: int | Mapping[sympy.Symbol, int],
+    fill: Fill | Mapping[str, Fill],
+    tolerance: float = 1e-5,
 ) -> str | None:
-    """What at size ``bucket`` is not as a safe ``verdict`` promises; None if all is well."""
+    """What at size ``bucket`` is not as a safe ``verdict`` promises; None if all is well.
+
+    Dims that were proven one after the other are padded together by a bucket for each symbol.
+    """
     exact = region.sizes()
-    padded = exact | dict.fromkeys(verdict.symbols, bucket)
+    padded = exact | (dict(bucket) if isinstance(bucket, Mapping) else dict.fromkeys(verdict.symbols, bucket))
     before = _run(region.module, [_clone(arg) for arg in region.args])
     region = region.with_masks(verdict)
-    rows = bucket - exact[next(iter(verdict.symbols))]
     fills = [fill.get(name) if isinstance(fill, Mapping) else fill for name in region.names]
     given = zip(region.metas, region.args, fills, strict=True)
-    inputs = [_padded(meta, arg, padded, rows, held) for meta, arg, held in given]
+    inputs = [_padded(meta, arg, exact, padded, held) for meta, arg, held in given]
     after = _run(region.module, inputs)
     metas = [*outputs_of(region.module), *region.metas]
     for index, (meta, left, right) in enumerate(zip(metas, before, after, strict=False)):  # no mask's argument
@@ -260,7 +268,7 @@ def _flat(outputs: Any) -> list[Any]:
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
 
-def _padded(meta: Any, arg: Any, sizes: dict[sympy.Symbol, int], rows: int, fill: Fill | None) -> Any:
+def _padded(meta: Any, arg: Any, exact: Sizes, sizes: Sizes, fill: Fill | None) -> Any:
     if isinstance(meta, _NUMBERS):
         return int(_expr(meta).subs(sizes))
     if not isinstance(arg, torch.Tensor):
@@ -268,6 +276,7 @@ def _padded(meta: Any, arg: Any, sizes: dict[sympy.Symbol, int], rows: int, fill
     for dim, size in enumerate(_shape(meta, sizes)):
         if size != arg.shape[dim]:
             assert fill is not None, "an input that is padded has no fill"
+            rows = next(sizes[one] - exact[one] for one in _expr(meta.shape[dim]).free_symbols if sizes[one] != exact[one])
             arg = _extended(arg, dim, rows, (size - arg.shape[dim]) // rows, fill)
     return _clone(arg)
 

@@ -1,200 +1,264 @@
-"""Random programs of few operators over tensors with rows, as hypothesis draws them."""
+"""Random programs of few steps over tensors with rows, and whether what the backend says of them is true when run.
+
+``python -m tests.support.random_programs 1000`` tries so many, and lists what it finds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import copy
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.traceback import annotate, preserve_node_meta
 
-from tests.support.oracle import Region, dynamic, traced
+from cudagraph_backend.compile.analysis import analyse
+from cudagraph_backend.options import Options
+from cudagraph_backend.padding.prove import Verdict
+from cudagraph_backend.region import DynamicDim
+from tests.support.oracle import Region, dynamic, refutation, refute, traced
+from tests.support.random_steps import JUMPS, STEPS, Given, Step, Value
 
-Value = torch.Tensor
+#: A step's name, which earlier values it takes, a dim and a number.
+Chosen: TypeAlias = "tuple[str, int, int, int, int]"
+
+#: Shapes of what programs begin with, which of their dims change, and whether the number of edges changes.
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
+    "matrix": ((5, 4), (0,), False),
+    "rows outside": ((5, 3, 4), (0,), False),
+    "rows inside": ((3, 5, 4), (1,), False),
+    "rows and edges": ((5, 4), (0,), True),
+    "two dims": ((5, 7, 4), (0, 1), False),
+}
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step may use beside the two values it takes."""
+class Program:
+    """What is chosen at random.
 
-    indices: Value
-    rows: Any
-    table: Value
-    large: Value
-    weight: Value
-    dim: int
-    number: int
+    Attributes:
+        gradient: of what of the last value the gradients are returned, too, with respect to all that is given.
+    """
 
+    steps: tuple[Chosen, ...]
+    shape: str
+    fill: Literal["replica", "zero"] = "replica"
+    dtype: torch.dtype = torch.float64
+    gradient: Literal["sum", "mean", "squares"] | None = None
 
-#: The steps of which programs are made.
-STEPS: dict[str, Callable[[Value, Value, Step], Value]] = {
-    "exp": lambda x, y, s: (x / 8).exp(),
-    "affine": lambda x, y, s: x * 0.5 - s.number,
-    "relu": lambda x, y, s: x.relu(),
-    "sign": lambda x, y, s: x.sign(),
-    "add": lambda x, y, s: x + y,
-    "mul": lambda x, y, s: x * y / 4,
-    "where": lambda x, y, s: torch.where(x > s.number, x, y),
-    "sum": lambda x, y, s: x.sum(s.dim, keepdim=s.number > 0),
-    "mean": lambda x, y, s: x.mean(s.dim, keepdim=s.number > 0),
-    "amax": lambda x, y, s: x.amax(s.dim, keepdim=s.number > 0),
-    "amin of all": lambda x, y, s: x - x.amin(),
-    "max and place": lambda x, y, s: x.max(s.dim)[0],
-    "place of max": lambda x, y, s: x.argmax(s.dim, keepdim=True) + 0.5 * x,
-    "var": lambda x, y, s: x.var(s.dim, correction=0),
-    "softmax": lambda x, y, s: x.softmax(s.dim),
-    "any": lambda x, y, s: (s.indices > 1).any() * x,
-    "flatten": lambda x, y, s: x.reshape(-1),
-    "keep last": lambda x, y, s: x.reshape(-1, x.shape[-1]),
-    "keep first": lambda x, y, s: x.reshape(x.shape[0], -1),
-    "split in rows": lambda x, y, s: x.reshape(s.rows, -1),
-    "split in threes": lambda x, y, s: x.reshape(3, -1, 4),
-    "split in fours": lambda x, y, s: x.reshape(-1, 3, 4),
-    "split behind": lambda x, y, s: x.reshape(3, s.rows, -1),
-    "split in twos": lambda x, y, s: x.reshape(2, -1),
-    "transpose": lambda x, y, s: x.transpose(s.dim, s.number % x.ndim),
-    "unsqueeze": lambda x, y, s: x.unsqueeze(s.dim),
-    "squeeze": lambda x, y, s: x.squeeze(s.dim),
-    "expand": lambda x, y, s: x.unsqueeze(0).expand(2, *x.shape) * 1,
-    "expand to rows": lambda x, y, s: s.table[:, None].expand(3, s.rows, 4) * 1,
-    "select": lambda x, y, s: x.select(s.dim, s.number),
-    "select last": lambda x, y, s: x.select(s.dim, -1),
-    "slice": lambda x, y, s: x.narrow(s.dim, 0, s.number + 1),
-    "slice to rows": lambda x, y, s: x[s.rows :],
-    "cut first": lambda x, y, s: x.narrow(s.dim, 1, x.shape[s.dim] - 1),
-    "flip": lambda x, y, s: x.flip(s.dim),
-    "roll": lambda x, y, s: x.roll(1, s.dim),
-    "cat": lambda x, y, s: torch.cat([x, y], s.dim),
-    "stack": lambda x, y, s: torch.stack([x, -y], s.dim),
-    "chunk": lambda x, y, s: x.chunk(2, s.dim)[s.number % 2],
-    "repeat": lambda x, y, s: x.repeat([1] * s.dim + [2] + [1] * (x.ndim - 1 - s.dim)),
-    "repeat each": lambda x, y, s: x.repeat_interleave(2, s.dim),
-    "pad": lambda x, y, s: torch.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - s.dim) + [0, s.number]),
-    "tril": lambda x, y, s: x.tril(s.number),
-    "cumsum": lambda x, y, s: x.cumsum(s.dim),
-    "cummax": lambda x, y, s: x.cummax(s.dim)[0],
-    "sort": lambda x, y, s: x.sort(s.dim)[0],
-    "topk": lambda x, y, s: x.topk(2, s.dim)[0],
-    "linear": lambda x, y, s: x @ s.weight,
-    "from the left": lambda x, y, s: torch.matmul(s.weight[:3, : x.shape[-2]], x),
-    "product": lambda x, y, s: x @ y.transpose(-1, -2) / 4,
-    "inner": lambda x, y, s: x.transpose(-1, -2) @ y / 4,
-    "look up": lambda x, y, s: s.table[s.indices],
-    "look up rows": lambda x, y, s: x[s.indices],
-    "look up columns": lambda x, y, s: x[:, s.indices],
-    "own row": lambda x, y, s: x[torch.arange(s.rows)],
-    "own row, chosen column": lambda x, y, s: x[torch.arange(s.rows), s.indices],
-    "own column": lambda x, y, s: x[:, torch.arange(s.rows)],
-    "gather": lambda x, y, s: x.gather(1, s.indices.reshape(s.rows, 1)),
-    "write own row": lambda x, y, s: x.index_put((torch.arange(s.rows), s.indices), x.new_ones(())),
-    "write table": lambda x, y, s: s.table.index_put((s.indices,), x.reshape(s.rows, 4).double()),
-    "add to table": lambda x, y, s: s.table.index_put((s.indices,), x.double(), accumulate=True),
-    "write columns": lambda x, y, s: torch.ops.aten.index_put(x, [None, s.indices], x[:, :1]),
-    "row number": lambda x, y, s: torch.arange(s.rows) + 0.5,
-    "row number below": lambda x, y, s: (torch.arange(s.rows) < s.number + 1) * 1.0,
-    "row number from the end": lambda x, y, s: (s.rows - torch.arange(s.rows)) * 1.0,
-    "made rows": lambda x, y, s: x.new_full((s.rows, 4), s.number),
-    "made merged rows": lambda x, y, s: x.new_ones(3 * s.rows, 4),
-    "divide by size": lambda x, y, s: x / s.rows,
-    "indices as values": lambda x, y, s: s.indices * 0.5,
-    "new axis": lambda x, y, s: x[:, None],
-    # rows that meet
-    "sum of all": lambda x, y, s: x - x.exp().sum() / 64,
-    "product of entries": lambda x, y, s: (x / 2).prod(s.dim, keepdim=s.number > 0),
-    "log sum exp": lambda x, y, s: x.logsumexp(s.dim, keepdim=s.number > 0),
-    "log softmax": lambda x, y, s: x.log_softmax(s.dim),
-    "centre": lambda x, y, s: x - x.sum(s.dim, keepdim=True) / 8,
-    "argmax": lambda x, y, s: x.argmax(s.dim) * 0.5,
-    "argmin of all": lambda x, y, s: x + x.argmin(),
-    "min and place": lambda x, y, s: x.min(s.dim, keepdim=True)[1] - x,
-    "any of some": lambda x, y, s: (x > 1).any(s.dim) * 0.5,
-    "all of some": lambda x, y, s: (x < 1).all(s.dim, keepdim=True) + x,
-    "count": lambda x, y, s: (x > 0).sum(s.dim) + 0.5,
-    "sum of integers": lambda x, y, s: (x.clamp(-9, 9) * 4).int().sum(s.dim) * 0.25,
-    "extreme of integers": lambda x, y, s: (x.clamp(-9, 9) * 4).to(torch.int8).amax(s.dim) * 0.25,
-    "divide integers": lambda x, y, s: ((x * 4).int() // (y.abs().clamp(max=9).int() + 1)) * 0.25,
-    "softmax's gradient": lambda x, y, s: torch.ops.aten._softmax_backward_data(x, y, s.dim, x.dtype),
-    # a second row dim
-    "scores": lambda x, y, s: x @ x.transpose(-1, -2) / 4,
-    "attend": lambda x, y, s: (x @ x.transpose(-1, -2)).softmax(-1) @ x,
-    "attend to another": lambda x, y, s: (x @ y.transpose(-1, -2)).softmax(-1) @ y,
-    "differences of all": lambda x, y, s: x.unsqueeze(0) - x.unsqueeze(1),
-    "times itself": lambda x, y, s: x @ x / 4,
-    "causal": lambda x, y, s: x.masked_fill(places(x, -1)[None] > places(x, -2)[:, None], -9.0),
-    "near the diagonal": lambda x, y, s: torch.where((places(x, -1)[None] - places(x, -2)[:, None]).abs() < 2, x, y),
-    "corner of a table": lambda x, y, s: x + s.large[: x.shape[-2], : x.shape[-1]],
-    "batch of one": lambda x, y, s: x.reshape(1, *x.shape),
-    "expand to square": lambda x, y, s: x.unsqueeze(s.dim).expand(*x.shape[: s.dim], s.rows, *x.shape[s.dim :]) * 1,
-    "below a place": lambda x, y, s: x.masked_fill(places(x, s.dim).reshape(-1, *[1] * (x.ndim - 1 - s.dim)) < 2, 0.5),
-    # rows before or after fixed entries
-    "difference": lambda x, y, s: x.diff(dim=s.dim),
-    "cut last": lambda x, y, s: x.narrow(s.dim, 0, x.shape[s.dim] - 1),
-    "cut first rows": lambda x, y, s: x[s.number :],
-    "windows": lambda x, y, s: x.unfold(s.dim, s.number + 1, 1),
-    "behind its first": lambda x, y, s: torch.cat([x.narrow(s.dim, 0, s.number + 1), x], s.dim),
-    "behind another": lambda x, y, s: torch.cat([y, x.narrow(s.dim, 1, x.shape[s.dim] - 1)], s.dim),
-    "shift": lambda x, y, s: torch.cat([x.new_zeros(1, *x.shape[1:]), x[:-1]]),
-    "pad in front": lambda x, y, s: torch.constant_pad_nd(x, [0, 0] * (x.ndim - 1 - s.dim) + [s.number, 0], 0.5),
-    "convolve": lambda x, y, s: F.conv1d(x, x.new_ones(2, x.shape[1], s.number + 1), padding=s.number),
-    "later row numbers": lambda x, y, s: torch.arange(s.rows + 1)[1:] * 0.5,
-    "own row, cut": lambda x, y, s: x[1:][torch.arange(s.rows - 1)],
-    # look up by what was computed
-    "look up by extreme": lambda x, y, s: s.table[x.argmax(-1) % 3],
-    "look up by row number": lambda x, y, s: s.large[torch.arange(s.rows)][:, :4] + x,
-    "look up by two": lambda x, y, s: s.large[x.argmax(-1), torch.arange(x.shape[0])],
-    "write by extreme": lambda x, y, s: s.table.index_put((x.argmax(-1) % 3,), x),
-    "add by extreme": lambda x, y, s: s.table.index_put((x.argmax(-1) % 3,), y, accumulate=True),
-    "write the diagonal": lambda x, y, s: s.large[:9].index_put((s.indices, torch.arange(s.rows)), x.sum(-1)),
-    "write own diagonal": lambda x, y, s: write_diagonal(x @ s.large[:4], y.sum(-1)),
-    "gather by extreme": lambda x, y, s: x.gather(s.dim, y.argmax(s.dim, keepdim=True)),
-    "scatter by extreme": lambda x, y, s: x.scatter(s.dim, y.argmax(s.dim, keepdim=True), 0.5),
-}
+    def __call__(self, x: Value, y: Value, *given: Value) -> list[Value]:
+        """Run the steps that fit the shapes they meet; each takes two earlier values, mostly the latest."""
+        with torch.set_grad_enabled(self.gradient is not None), preserve_node_meta():
+            leaves = [self._leaf(tensor) for tensor in (x, y, *given)]
+            result = self._result(leaves)
+            return [result * 1, *self._gradients(result, leaves)]
 
+    def _leaf(self, tensor: Value) -> Value:
+        is_leaf = self.gradient is not None and tensor.is_floating_point()
+        return tensor.detach().requires_grad_() if is_leaf else tensor
 
-def places(x: Value, dim: int) -> Value:
-    return torch.arange(x.shape[dim])
+    def _result(self, leaves: list[Value]) -> Value:
+        values = [leaves[1], leaves[0]]
+        inputs = Given(*leaves[2:])
+        for name, first, second, dim, number in self.steps:
+            if self.dtype != torch.float64 and name in JUMPS:
+                continue
+            a, b = values[-1 - first // 4 % len(values)], values[-1 - second % len(values)]
+            step = Step(inputs, leaves[0].shape, dim % max(a.ndim, 1), number)
+            try:
+                with annotate({"step": name}):
+                    values.append(self._exactly(STEPS[name](a, b, step)))
+            except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError, AssertionError):
+                continue  # does not fit
+        return values[-1]
 
+    def _exactly(self, x: Value) -> Value:
+        """Numbers made of integers are of torch's default dtype."""
+        return x.to(self.dtype) if x.is_floating_point() else x
 
-def exactly(x: Value) -> Value:
-    """Numbers made of integers are of torch's default dtype, too coarse for the tolerance."""
-    return x.double() if x.dtype == torch.float32 else x
-
-
-def write_diagonal(x: Value, values: Value) -> Value:
-    own = places(x, 0)
-    return x.index_put((own, own), values)
+    def _gradients(self, result: Value, leaves: list[Value]) -> Iterator[Value]:
+        if self.gradient is None or not result.requires_grad:
+            return
+        total = {"sum": result.sum, "mean": result.mean, "squares": result.square().sum}[self.gradient]()
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        yield from (grad for grad in torch.autograd.grad(total, wanted, allow_unused=True) if grad is not None)
 
 
 steps = st.tuples(st.sampled_from(sorted(STEPS)), *[st.integers(0, 7)] * 2, st.integers(0, 3), st.integers(0, 2))
-programs = st.lists(steps, min_size=2, max_size=10)
+programs = st.builds(
+    Program,
+    st.lists(steps, min_size=2, max_size=10).map(tuple),
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from(["replica", "zero"]),
+    st.sampled_from([torch.float64] * 6 + [torch.float32, torch.bfloat16]),
+    st.sampled_from([None, None, None, "sum", "mean", "squares"]),
+)
 
 
-def program(chosen: list[tuple[str, int, int, int, int]]) -> Callable[..., Value]:
-    """Runs the chosen steps that fit the shapes they meet; each takes two earlier values, mostly the latest."""
-
-    def run(x: Value, y: Value, indices: Value, table: Value, large: Value, weight: Value) -> Value:
-        values = [y, x]
-        for name, first, second, dim, number in chosen:
-            a, b = values[-1 - first // 4 % len(values)], values[-1 - second % len(values)]
-            step = Step(indices, indices.shape[0], table, large, weight, dim % max(a.ndim, 1), number)
-            try:
-                values.append(exactly(STEPS[name](a, b, step)))
-            except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError):
-                continue  # does not fit
-        return values[-1] * 1
-
-    return run
-
-
-def trace(chosen: list[tuple[str, int, int, int, int]], row_dim: int) -> Region:
-    """The region of a program over two tensors with rows along ``row_dim``."""
+def trace(program: Program) -> Region:
+    """The region of a program, with the arguments that it reads."""
     torch.manual_seed(0)
-    shape = [3, 4]
-    shape.insert(row_dim, 5)
-    x, y = torch.randn(2, *shape, dtype=torch.float64)
-    table, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
-    indices = dynamic(torch.randint(0, 3, (5,)))
-    large = torch.randn(70, 70, dtype=torch.float64)
-    return traced(program(chosen), dynamic(x, row_dim), dynamic(y, row_dim), indices, table, large, weight)
+    shape, changing, edges_change = SHAPES[program.shape]
+    x, y = torch.randn(2, *shape, dtype=torch.float64).to(program.dtype)
+    edges = torch.tensor([0, 3, 4, 1, 4, 2, 0])
+    given = Given(
+        indices=dynamic(torch.randint(0, 3, (5,))),
+        mask=dynamic(torch.rand(5, 7) > 0.4, 0, 1) if len(changing) > 1 else dynamic(torch.rand(5) > 0.4),
+        counts=dynamic(torch.tensor([1, 2, 0, 3, 1])),
+        offsets=dynamic(torch.tensor([0, 2, 2, 3, 5])),
+        edges=dynamic(edges) if edges_change else edges,
+        begins=torch.tensor([0, 1, 3]),
+        **{
+            name: torch.randn(*size, dtype=torch.float64).to(program.dtype)
+            for name, size in {"table": (3, 4), "large": (70, 70), "weight": (4, 4)}.items()
+        },
+    )
+    tensors = [getattr(given, field.name) for field in fields(given)]
+    return _read_only(traced(dispatch_functionalize(program), dynamic(x, *changing), dynamic(y, *changing), *tensors))
+
+
+def _read_only(region: Region) -> Region:
+    """The region without arguments that it does not read."""
+    placeholders = region.module.graph.find_nodes(op="placeholder")
+    args = [arg for node, arg in zip(placeholders, region.args, strict=True) if node.users]
+    for node in placeholders:
+        if not node.users:
+            region.module.graph.erase_node(node)
+    region.module.recompile()
+    return replace(region, args=tuple(args))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program: what the backend says of its dims, and what is not true of that."""
+
+    region: Region | None
+    dims: tuple[DynamicDim, ...] = ()
+    problem: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """In a word."""
+        if not self.dims:
+            return "unfit"
+        if self.problem is not None:
+            return "refuted"
+        padded = [dim for dim in self.dims if dim.refusal is None]
+        if not padded:
+            return "refused"
+        edited = "edited" if any(dim.masks or dim.forms for dim in padded) else "safe"
+        return edited if len(padded) == len(self.dims) else f"{edited} in part"
+
+    @property
+    def steps(self) -> set[str]:
+        """Those that the result depends on."""
+        customs = [node.meta.get("custom") or {} for node in self._nodes]
+        return {custom["step"] for custom in customs if "step" in custom}
+
+    @property
+    def operators(self) -> set[str]:
+        """Those in the graph."""
+        return {str(node.target) for node in self._nodes if node.op == "call_function"}
+
+    @property
+    def _nodes(self) -> Iterable[Node]:
+        return () if self.region is None else self.region.module.graph.nodes
+
+
+def judge(program: Program) -> Outcome:
+    """Analyse a program as the backend does, and run it with each dim padded that may be, alone and with all others."""
+    try:
+        region = trace(program)
+    except RuntimeError:
+        return Outcome(None)  # shapes are not checked everywhere, and gradients get what does not fit
+    if not region.symbols() or not region.runs():  # a step fixed the size; shapes are not checked everywhere
+        return Outcome(region)
+    edited = GraphModule(region.module, copy.deepcopy(region.module.graph))
+    metas = [node.meta["val"] for node in edited.graph.find_nodes(op="placeholder")]
+    found = analyse(edited, metas, "inference", (), Options(fill=program.fill), 0)
+    safe = [dim for dim in found.dims if dim.refusal is None]
+    counts = tuple(count.symbol for count in found.counts)
+    verdicts = [Verdict(dim.symbols, None, dim.needs_fill, edited=edited, counts=counts) for dim in safe]
+    if not all(region.buckets(*dim.symbols) for dim in safe):
+        return Outcome(region)
+    return Outcome(region, found.dims, _problem(region, verdicts, program))
+
+
+def _problem(region: Region, verdicts: list[Verdict], program: Program) -> str | None:
+    tolerance = TOLERANCES[program.dtype]
+    try:
+        found = [refute(region, verdict, program.fill, tolerance=tolerance) for verdict in verdicts]
+        if len(verdicts) > 1:
+            found.append(_refuted_together(region, verdicts, program.fill, tolerance))
+    except (RuntimeError, IndexError) as error:
+        return f"raises {error}"
+    return next(filter(None, found), None)
+
+
+def _refuted_together(region: Region, verdicts: list[Verdict], fill: Any, tolerance: float) -> str | None:
+    sizes = {symbol: bucket for one, bucket in zip(verdicts, (20, 13), strict=True) for symbol in one.symbols}
+    if not region.admits(region.sizes() | sizes):
+        return None
+    return refutation(region, verdicts[0], sizes, fill, tolerance)
+
+
+def smallest(program: Program, fails: Callable[[Program], bool]) -> Program:
+    """The program with as few steps as still fail."""
+    for left_out in range(len(program.steps)):
+        fewer = replace(program, steps=program.steps[:left_out] + program.steps[left_out + 1 :])
+        if fails(fewer):
+            return smallest(fewer, fails)
+    return program
+
+
+def is_wrong(program: Program) -> str | None:
+    """What is wrong with the verdict on a program, a crash of the analysis, too; None if all is well."""
+    try:
+        return judge(program).problem
+    except Exception as error:
+        return f"crashes: {type(error).__name__}: {error}"
+
+
+def main(count: int) -> None:
+    """Try ``count`` programs, print the smallest forms of those that fail, and at last what was met."""
+    kinds: Counter[str] = Counter()
+    padded: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck])
+    @given(programs)
+    def each(program: Program) -> None:
+        try:
+            outcome = judge(program)
+        except Exception as error:
+            kinds["crashed"] += 1
+            print(f"CRASH {type(error).__name__}: {error!s:.200}\n  {smallest(program, is_wrong)}", flush=True)
+            return
+        kinds[outcome.kind] += 1
+        if outcome.kind == "refuted":
+            print(f"REFUTED {outcome.problem!s:.400}\n  {smallest(program, is_wrong)}", flush=True)
+        met = padded if outcome.kind in ("safe", "edited") else refused
+        met.update(outcome.steps | outcome.operators)
+        if sum(kinds.values()) % 250 == 0:
+            print(sum(kinds.values()), dict(kinds), flush=True)
+
+    torch.set_num_threads(1)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tells of each step that does not fit
+    each()
+    print(dict(kinds))
+    print("steps never padded:", sorted(STEPS.keys() - padded.keys()))
+    print("operators padded:", sorted(name for name in padded if name not in STEPS))
+    print("operators never padded:", sorted(name for name in refused.keys() - padded.keys() if name not in STEPS))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

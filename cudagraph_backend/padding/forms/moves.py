@@ -95,6 +95,10 @@ def write_slice(site: Site) -> Proxy:
 
 def _put(editor: Editor, tensor: Proxy, dim: int, start: sympy.Expr, size: sympy.Expr, around: Proxy) -> Proxy:
     """Return a tensor with a dim of ``size``, in which ``tensor`` is from entry ``start`` on, ``around`` elsewhere."""
+    if expr(value(tensor).shape[dim]) == 0:
+        shape = [*map(expr, value(tensor).shape)]
+        shape[dim] = size
+        return aten.expand.default(around, [*map(editor.plain, shape)])  # type: ignore[no-any-return]
     place = editor.entries(editor.plain(size))
     own = aten.sub.Tensor(place, editor.counted(start))
     end = editor.counted(expr(value(tensor).shape[dim]))
