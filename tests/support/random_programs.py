@@ -159,6 +159,12 @@ class Outcome:
         return edited if len(padded) == len(self.dims) else f"{edited} in part"
 
     @property
+    def text(self) -> str:
+        """What is wrong, and where."""
+        graph = "" if self.region is None else self.region.module.print_readable(print_output=False)
+        return f"{self.problem}\n{graph}"
+
+    @property
     def steps(self) -> set[str]:
         """Those that the result depends on."""
         customs = [node.meta.get("custom") or {} for node in self._nodes]
