@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import Proxy
 
@@ -46,7 +45,7 @@ def embedding_bag_backward(site: Site) -> Proxy:
     bags, editor = _Bags(site), site.editor
     grad = bags.averaged(_precise(site["grad"]))
     rows = bags.weighted(aten.index.Tensor(grad, [bags.of_index]))
-    shape = [sympy.sympify(site["num_weights"]), site.size(grad, 1)]
+    shape = [site.number("num_weights"), site.size(grad, 1)]
     total = editor.constant(0.0, value(grad).dtype, shape)
     return convert(aten.index_add.default(total, 0, site["indices"], rows), site.val.dtype)
 

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def select(site: Site) -> Proxy:
     """Pick one row, counted from either end."""
     x, dim = site["self"], site.dims(site["self"], site["dim"])[0]
-    row = _number(site.editor, site["index"])
+    row = site.editor.counted(site.number("index"))
     return aten.squeeze.dim(_picked(x, dim, aten.view.default(row, [1])), dim)
 
 
@@ -32,7 +32,7 @@ def cut(site: Site) -> Proxy:
     """Pick rows by number, from a place that is counted."""
     x, dim, step = site["self"], site.dims(site["self"], site["dim"])[0], site["step"]
     length = site.editor.plain(expr(site.val.shape[dim]))
-    start = site.editor.counted(_start(site["start"], site.size(x, dim)))
+    start = site.editor.counted(_start(site, site.size(x, dim)))
     numbers = aten.mul.Tensor(site.editor.entries(length), step)
     return _picked(x, dim, aten.add.Tensor(numbers, start))
 
@@ -90,15 +90,25 @@ def write_slice(site: Site) -> Proxy:
     if step != 1:
         raise RefusePadding("writes to every so many of the rows")
     size = site.size(x, dim)
-    return _put(site.editor, source, dim, _start(site["start"], size), size, x)
+    return _put(site.editor, source, dim, _start(site, size), size, x)
+
+
+@form("aten::repeat_interleave.Tensor")
+def numbers_repeated(site: Site) -> Proxy:
+    """Tell of each place which number it repeats: the first one whose end lies behind the place."""
+    counts, editor = site["repeats"], site.editor
+    ends = aten.cumsum.default(counts, 0)
+    behind = aten.add.Tensor(editor.entries(editor.plain(expr(site.val.shape[0]))), 1)
+    return convert(aten.searchsorted.Tensor(ends, behind), site.val.dtype)
 
 
 def _put(editor: Editor, tensor: Proxy, dim: int, start: sympy.Expr, size: sympy.Expr, around: Proxy) -> Proxy:
     """Return a tensor with a dim of ``size``, in which ``tensor`` is from entry ``start`` on, ``around`` elsewhere."""
-    if expr(value(tensor).shape[dim]) == 0:
+    if expr(value(tensor).shape[dim]) == 0:  # there is nothing to pick from
         shape = [*map(expr, value(tensor).shape)]
         shape[dim] = size
-        return aten.expand.default(around, [*map(editor.plain, shape)])  # type: ignore[no-any-return]
+        whole: Proxy = aten.clone.default(aten.expand.default(around, [*map(editor.plain, shape)]))
+        return whole
     place = editor.entries(editor.plain(size))
     own = aten.sub.Tensor(place, editor.counted(start))
     end = editor.counted(expr(value(tensor).shape[dim]))
@@ -114,11 +124,7 @@ def _picked(x: Proxy, dim: int, numbers: Proxy) -> Proxy:
     return made
 
 
-def _number(editor: Editor, number: Any) -> Proxy:
-    return editor.counted(expr(value(number)) if isinstance(number, Proxy) else sympy.Integer(number))
-
-
-def _start(start: Any, size: sympy.Expr) -> sympy.Expr:
+def _start(site: Site, size: sympy.Expr) -> sympy.Expr:
     """Return where a slice begins that was traced: a number from the front, or a negative one from the end."""
-    first = sympy.S.Zero if start is None else expr(value(start)) if isinstance(start, Proxy) else sympy.Integer(start)
+    first = sympy.S.Zero if site["start"] is None else site.number("start")
     return size + first if first.is_negative else first

@@ -48,6 +48,11 @@ class Site:
         """Return a size of ``tensor``, over the symbols of the region."""
         return expr(value(tensor).shape[dim])
 
+    def number(self, name: str) -> sympy.Expr:
+        """Return an argument that is a size, over the symbols of the region."""
+        given = self[name]
+        return expr(value(given)) if isinstance(given, Proxy) else sympy.Integer(given)
+
     def dims(self, tensor: Proxy, dims: Sequence[int] | int | None) -> list[int]:
         """Return ``dims`` counted from the front: all of them if none is named."""
         ndim = value(tensor).ndim

@@ -128,6 +128,11 @@ WRITTEN_BY_MASK: dict[str, tuple[Callable[..., Any], list[Callable[[], Tensor]]]
     "a row": (lambda x, v: x.index_put((x[:, 0] > 0,), v), [rows, lambda: torch.randn(4)]),
     "a row of one": (lambda x, v: x.index_put((x[:, 0] > 0,), v), [rows, lambda: torch.randn(1, 4)]),
     "columns": (lambda x, v: torch.ops.aten.index_put(x, [None, x[0] > 0], v), [rows, lambda: torch.randn(1)]),
+    "columns of a mask": (
+        lambda x, c: torch.ops.aten.index_put(x, [None, c], torch.tensor(0.5)),
+        [rows, lambda: torch.arange(4) > 2],
+    ),
+    "a number in rows, summed": (lambda x, i: x.exp().index_put((i > 2,), torch.tensor([0.5])).cumsum(0), [rows, places]),
     "in two dims": (
         lambda x, v: x.index_put((x[..., 0] > 0,), v),
         [lambda: dynamic(torch.randn(3, 5, 4), 1), lambda: torch.randn(1, 4)],
@@ -288,6 +293,43 @@ def test_nodes_and_edges():
         assert verdict.refusal is None, str(verdict.refusal)
         assert refute(found, verdict) is None
         found = found.with_masks(verdict)
+
+
+def test_rows_repeated():
+    """By how many times it is for each, to as many rows as another argument has."""
+    counts = dynamic(torch.tensor([1, 2, 0, 3, 1]))
+    found = region(lambda x, i, y: x.repeat_interleave(i, 0, output_size=y.shape[0]) * y, rows(), counts, rows(7))
+    for symbol in found.symbols():
+        verdict = found.prove(symbol, masked=True)
+        assert verdict.refusal is None, str(verdict.refusal)
+        assert refute(found, verdict) is None
+        found = found.with_masks(verdict)
+
+
+def test_gradients_of_rows_summed_by_bag():
+    """The gradient has as many rows, and is padded as they are."""
+    bags = torch.tensor([0, 2, 3])
+    forward, backward = regions(
+        lambda x, i: F.embedding_bag(i, x, bags, mode="mean"), rows().requires_grad_(), places(5, 5), grad=True
+    )
+    for found in (forward, backward):
+        verdict = found.prove(masked=True)
+        assert verdict.refusal is None, str(verdict.refusal)
+        assert refute(found, verdict) is None
+
+
+def test_nothing_written_behind_rows():
+    """Of a dim that has fewer entries than there are rows, none are left to pick from."""
+    found = traced(lambda x: torch.full((3, 4), x.shape[0]).slice_scatter(torch.ones(0, 4), 0, x.shape[0]), rows())
+    verdict = found.prove(masked=True)
+    assert verdict.refusal is None, str(verdict.refusal)
+    assert refute(found, verdict) is None
+
+
+def test_two_sizes_are_not_made_one_by_a_mask():
+    """A comparison of sizes would be a guard, for a dim and a mask that have the same size by chance."""
+    found = region(lambda x, m: (x * 2).index_put((m,), torch.tensor(0.5)), rows(), dynamic(torch.rand(5) > 0.5))
+    assert all(found.prove(symbol, masked=True).refusal is not None for symbol in found.symbols())
 
 
 def numbers(x: Tensor) -> Tensor:
