@@ -276,7 +276,8 @@ def _padded(meta: Any, arg: Any, exact: Sizes, sizes: Sizes, fill: Fill | None) 
     for dim, size in enumerate(_shape(meta, sizes)):
         if size != arg.shape[dim]:
             assert fill is not None, "an input that is padded has no fill"
-            rows = next(sizes[one] - exact[one] for one in _expr(meta.shape[dim]).free_symbols if sizes[one] != exact[one])
+            added = (sizes[one] - exact[one] for one in _expr(meta.shape[dim]).free_symbols)
+            rows = next(filter(None, added))
             arg = _extended(arg, dim, rows, (size - arg.shape[dim]) // rows, fill)
     return _clone(arg)
 

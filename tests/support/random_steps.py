@@ -1,4 +1,4 @@
-"""The steps of random programs: operators over tensors with rows, among them all that padding has rules or forms for."""
+"""The steps of random programs: operators over tensors with rows, of all kinds that padding knows."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ NEWER: dict[str, Function] = {
     "norm of all": lambda x, y, s: x / (1 + torch.linalg.vector_norm(x)),
     "deviation": lambda x, y, s: (x + 0.1 * numbered(x, s.dim)).std(s.dim, keepdim=s.number > 0),
     "variance of all": lambda x, y, s: x * x.var(correction=s.number),
-    "variance and mean": lambda x, y, s: sum(torch.var_mean(x, s.dim, correction=0)),
+    "variance and mean": lambda x, y, s: torch.add(*torch.var_mean(x, s.dim, correction=0)),
     "mean of all": lambda x, y, s: y - x.mean(),
     "standardise": lambda x, y, s: (x - x.mean(s.dim, True)) / (x.var(s.dim, keepdim=True) + 0.1).sqrt(),
     "batch norm": lambda x, y, s: F.batch_norm(x, None, None, training=True, eps=0.1),
@@ -216,7 +216,7 @@ NEWER: dict[str, Function] = {
     "greatest places": lambda x, y, s: numbered(x, s.dim).topk(2, s.dim, largest=s.number > 0)[1] * 0.5,
     "greatest rows": lambda x, y, s: x[numbered(column(y), 0).topk(2)[1]],
     "another's greatest": lambda x, y, s: x.gather(s.dim, numbered(y, s.dim).topk(3, s.dim)[1]),
-    "top one": lambda x, y, s: torch.where(x == x.amax(s.dim, True), y, 0),
+    "top one": lambda x, y, s: y * (x == x.amax(s.dim, True)),
     "search table": lambda x, y, s: torch.searchsorted(s.table[0].sort()[0], x, right=s.number > 0) + x,
     "search rows": lambda x, y, s: torch.searchsorted(s.indices.sort()[0], (x * 2).long()) * 0.5,
     "search rows of fractions": lambda x, y, s: torch.searchsorted(column(x).sort()[0], column(y)) * 0.5,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
-from tests.support.random_programs import SHAPES, Outcome, Program, judge, programs
+from tests.support.random_programs import SHAPES, UNHURRIED, Outcome, Program, judge, programs
 from tests.support.random_steps import NEWER
 
-#: Steps that are refused, or padded only in part, alone in every shape.
-REFUSED = {"cut to half", "every other", "median", "put by mask", "put where less", "reduce at, prod"}
+#: Steps of which no call is padded.
+REFUSED = {"cut to half"}
 
 kinds: Counter[str] = Counter()
 
@@ -23,7 +23,7 @@ def checked(program: Program) -> Outcome:
     return outcome
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+@settings(UNHURRIED, max_examples=50, derandomize=True)
 @given(programs)
 def check(program):
     checked(program)
@@ -33,9 +33,9 @@ def check(program):
 def test_no_safe_verdict_is_refuted():
     kinds.clear()
     check()
-    assert kinds["safe"] > 5, kinds
-    assert kinds["edited"] > 25, kinds
-    assert kinds["refused"] > 10, kinds
+    assert kinds["safe"] > 8, kinds
+    assert kinds["edited"] > 15, kinds
+    assert kinds["refused"] > 1, kinds
 
 
 @pytest.mark.slow
