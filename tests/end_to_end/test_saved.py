@@ -95,7 +95,7 @@ def arguments(b: int, s: int, device: str) -> tuple[Tensor, Tensor]:
 def run(call: Callable[..., object], given: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
     results = call(*given)
     results = list(results) if isinstance(results, tuple) else [results]
-    return [result.detach().clone() for result in results], sum(result.sin().sum() for result in results)
+    return [result.detach() for result in results], sum(result.sin().sum() for result in results)
 
 
 def outcome(call: Callable[..., object], given: tuple[Tensor, ...]) -> list[Tensor]:
@@ -115,8 +115,11 @@ def check(
     for b, s in sizes:
         given = arguments(b, s, device)
         with around():
-            got = outcome(call, given)
-        torch.testing.assert_close(got, outcome(function, given), rtol=2e-4, atol=1e-4)
+            results, loss = run(call, given)
+            got = [*results, *torch.autograd.grad(loss, given)]
+        expected = outcome(function, given)
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=1e-4)
+        assert [result.stride() for result in results] == [result.stride() for result in expected[: len(results)]]
 
 
 @pytest.fixture
@@ -282,17 +285,18 @@ def test_kept_forwards(device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("function", [layer, transposed, shifted])
 @pytest.mark.parametrize("setting", ["config", "around the backward"])
-def test_compiled_autograd(setting, device):
+def test_compiled_autograd(setting, function, device):
     from torch._dynamo import compiled_autograd
 
     def compiler(gm):
         return torch.compile(gm, backend="sharedgraph", dynamic=True)
 
-    call = torch.compile(layer, backend="sharedgraph", dynamic=True)
-    for b, s in SIZES:
+    call = torch.compile(function, backend="sharedgraph", dynamic=True)
+    for b, s in LONGER:
         given = arguments(b, s, device)
-        expected = outcome(layer, given)[1:]
+        expected = outcome(function, given)[1:]
         with torch._dynamo.config.patch(compiled_autograd=setting == "config"):
             loss = run(call, given)[1]
             around = nullcontext() if setting == "config" else compiled_autograd._enable(compiler)

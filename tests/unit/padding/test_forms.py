@@ -132,7 +132,10 @@ WRITTEN_BY_MASK: dict[str, tuple[Callable[..., Any], list[Callable[[], Tensor]]]
         lambda x, c: torch.ops.aten.index_put(x, [None, c], torch.tensor(0.5)),
         [rows, lambda: torch.arange(4) > 2],
     ),
-    "a number in rows, summed": (lambda x, i: x.exp().index_put((i > 2,), torch.tensor([0.5])).cumsum(0), [rows, places]),
+    "a number in rows, summed": (
+        lambda x, i: x.exp().index_put((i > 2,), torch.tensor([0.5])).cumsum(0),
+        [rows, places],
+    ),
     "in two dims": (
         lambda x, v: x.index_put((x[..., 0] > 0,), v),
         [lambda: dynamic(torch.randn(3, 5, 4), 1), lambda: torch.randn(1, 4)],
