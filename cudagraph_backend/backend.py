@@ -173,8 +173,7 @@ class _FrameCompile:
     def save(self, forward: torch.fx.GraphModule, backward: torch.fx.GraphModule, returned: int) -> None:
         """Let a forward save, behind what is ``returned``, what its backward can read where it lies."""
         save_apart(forward, backward, returned)
-        if not torch_internals.compiles_autograd():  # else a compiler that we know nothing of gets what is saved
-            mark_saved(forward.graph, returned)
+        mark_saved(forward.graph, returned)
 
     def compile_region(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Analyse a region, let Inductor compile it, and wrap the result. Passed to ``compile_fx`` as inner compile."""

@@ -35,7 +35,6 @@ from cudagraph_backend.torch_internals.captures import (
 from cudagraph_backend.torch_internals.containers import map_tensors, tensors_in
 from cudagraph_backend.torch_internals.dynamo import (
     call_input,
-    compiles_autograd,
     input_sources,
     keep_precompiled_code_apart,
     take_graph_override,
@@ -151,7 +150,6 @@ __all__ = [
     "clear_cublas_workspaces",
     "compile_region",
     "compile_regions",
-    "compiles_autograd",
     "compiling_a_part",
     "current_device_index",
     "current_step",

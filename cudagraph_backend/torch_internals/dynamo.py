@@ -9,7 +9,6 @@ from weakref import finalize
 
 import torch
 from torch._C._dynamo.eval_frame import _reset_precompile_entries
-from torch._dynamo import compiled_autograd
 from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.package import DynamoCache
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
@@ -31,11 +30,6 @@ def take_graph_override(gm: torch.fx.GraphModule) -> tuple[bool | None, bool | N
     """
     said = gm.meta.pop("cudagraph_annotation", None)
     return getattr(said, "fwd", None), getattr(said, "bwd", None)
-
-
-def compiles_autograd() -> bool:
-    """Return whether a backward may be compiled once more as a whole, by compiled autograd."""
-    return bool(torch._dynamo.config.compiled_autograd or compiled_autograd.compiled_autograd_enabled)
 
 
 def keep_precompiled_code_apart(backend: Any) -> None:
