@@ -165,7 +165,7 @@ class _FrameCompile:
     debug: Debug
     names: tuple[InputName, ...]
     without_graphs: frozenset[Kind]
-    marked: frozenset[Any]
+    marked: frozenset[Any] = frozenset()
     _static_names: frozenset[str] = frozenset()
     _bounds: dict[Any, int | None] = dataclasses.field(default_factory=dict)
     _chosen: ChosenSizes = dataclasses.field(default_factory=ChosenSizes)
