@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from cudagraph_backend import torch_internals
 from cudagraph_backend.compile.capturable import capture_refusal, devices_of, main_device
 from cudagraph_backend.compile.dims import dynamic_dims
-from cudagraph_backend.compile.inputs import object_inputs, size_inputs, tensor_inputs
+from cudagraph_backend.compile.inputs import object_inputs, plain_inputs, size_inputs, tensor_inputs
 from cudagraph_backend.compile.outputs import graph_outputs, with_strides
 from cudagraph_backend.compile.probing import (
     draws_random_numbers,
@@ -98,14 +98,17 @@ def analyse(
 def unknown_region(
     module: GraphModule, example_inputs: Sequence[Any], number: int, kind: Kind, refusal: Refusal
 ) -> Region:
-    """Return the record of a region of which nothing is known but its arguments, and why it runs uncaptured."""
-    device = main_device(module.graph)
+    """Return the record of a region of which nothing is known but why it runs uncaptured.
+
+    A backward needs the shapes of its arguments, as those that were saved may have the strides of a bucket.
+    """
+    is_backward = kind == "backward"
     return Region(
         number=number,
         kind=kind,
-        device=device,
-        inputs=tensor_inputs(module.graph, example_inputs, device, (), (), {}),
-        sizes=size_inputs(example_inputs),
+        device=main_device(module.graph),
+        inputs=plain_inputs(example_inputs) if is_backward else (),
+        sizes=size_inputs(example_inputs) if is_backward else (),
         dims=(),
         counts=(),
         outputs=(None,) * len(module.graph.output_node().args[0]),

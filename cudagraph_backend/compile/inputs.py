@@ -48,6 +48,15 @@ def tensor_inputs(
     return tuple(inputs)
 
 
+def plain_inputs(example_inputs: Sequence[Any]) -> tuple[TensorInput, ...]:
+    """Return one record per strided tensor, of its shape and dtype alone."""
+    return tuple(
+        TensorInput(index, "", "staged", False, v.dtype, tuple(map(expr, v.shape)), tuple(map(expr, v.stride())))
+        for index, v in enumerate(example_inputs)
+        if isinstance(v, torch.Tensor) and v.layout == torch.strided
+    )
+
+
 def size_inputs(example_inputs: Sequence[Any]) -> tuple[SizeInput, ...]:
     """Return where a call's sizes are read: symbolic int arguments, then dims of symbols that none of these gives."""
     sizes = [

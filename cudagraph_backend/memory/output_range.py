@@ -25,12 +25,14 @@ class Loan:
         outputs: (output index, first byte, one past the last byte) per output, relative to the range.
         sources: the source line of each of them, where it is known.
         is_saved: whether autograd may hold them: those of forward and backward regions.
+        is_hidden: whether it is one output only, which a backward gets and no caller does: nobody has a part of it.
     """
 
     region: str
     outputs: tuple[tuple[int, int, int], ...]
     sources: tuple[str | None, ...] = ()
     is_saved: bool = False
+    is_hidden: bool = False
 
     def overwritten(self) -> str:
         """Return the error of an access to such an output after its memory was needed (``on_overwrite="error"``)."""
@@ -112,9 +114,8 @@ class OutputRange:
         return self.loan is not None and self.loan.is_saved
 
     @property
-    def holds_one(self) -> bool:
-        """Whether it was handed out for one output, and no others that share its memory."""
-        return self.loan is not None and len(self.loan.outputs) == 1
+    def is_hidden(self) -> bool:
+        return self.loan is not None and self.loan.is_hidden
 
     @property
     def span(self) -> Span:

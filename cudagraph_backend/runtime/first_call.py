@@ -29,6 +29,7 @@ from cudagraph_backend.runtime.layout import (
 from cudagraph_backend.runtime.places import no_memory
 from cudagraph_backend.runtime.plan import Bucket, Plan
 from cudagraph_backend.runtime.probe import probed
+from cudagraph_backend.runtime.readings import compact_saved
 from cudagraph_backend.runtime.region_state import RegionState
 from cudagraph_backend.runtime.route import Place, Route
 from cudagraph_backend.torch_internals import failed_operator, is_generator
@@ -56,6 +57,7 @@ class FirstCalls:
     def prepare(self, plan: Plan, args: list[Any]) -> Plan | Refusal:
         """Probe a plan, and lay it out if its bucket is; return the plan that answers the call."""
         if plan.to_probe:
+            compact_saved(plan.readings, args)  # it runs the region at the exact size
             found = probed(self._state, plan, args, self._refuse)
             if isinstance(found, Refusal):
                 return found

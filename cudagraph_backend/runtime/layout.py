@@ -356,4 +356,5 @@ def _layout(region: Region, entries: Sequence[Entry]) -> Layout:
 def _loan(region: Region, extents: Sequence[tuple[int, int, int]]) -> Loan:
     known = [region.outputs[index] for index, _, _ in extents]
     sources = tuple(output.source if isinstance(output, TensorOutput) else None for output in known)
-    return Loan(region.name, tuple(extents), sources, is_saved=region.kind != "inference")
+    is_hidden = all(isinstance(output, TensorOutput) and not output.visible for output in known) and len(known) == 1
+    return Loan(region.name, tuple(extents), sources, is_saved=region.kind != "inference", is_hidden=is_hidden)

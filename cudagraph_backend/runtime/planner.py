@@ -38,9 +38,16 @@ class ChosenSizes:
         self._chosen[frozenset(real.items())] = bucket
 
     def at(self, real: Values) -> Values:
-        """Return the forward's bucket at these sizes, as far as it is known."""
-        found = (bucket for key, bucket in self._chosen.items() if all(real.get(s, n) == n for s, n in key))
+        """Return the forward's bucket at these sizes (the buckets of its parts), as far as both have the same symbols.
+
+        What is noted is gone through, but for a few thousand combinations that takes less than to plan.
+        """
+        known = list(self._chosen.items())  # at once, as other threads may note
+        found = (bucket for key, bucket in known if all(real.get(s, n) == n for s, n in key))
         return {symbol: size for bucket in found for symbol, size in bucket.items()}
+
+    def clear(self) -> None:
+        self._chosen.clear()
 
 
 class Planner:
@@ -148,6 +155,8 @@ class Planner:
         bucket = self.buckets.setdefault(chosen, Bucket(chosen))
         if bucket.refusal is not None:
             return bucket.refusal
+        if self.region.kind == "forward":
+            self._chosen.note(values, self.region.values(chosen))
         return self._plan(sizes, bucket, takes_existing=chosen != own)
 
     def plan_without_graph(self, sizes: Sizes) -> Plan | None:
@@ -157,8 +166,6 @@ class Planner:
 
     def _plan(self, sizes: Sizes, bucket: Bucket, *, takes_existing: bool = False) -> Plan:
         values, padded = self.region.values(sizes), self.region.values(bucket.sizes)
-        if self.region.kind == "forward":
-            self._chosen.note(values, padded)
         return Plan(
             sizes,
             bucket,

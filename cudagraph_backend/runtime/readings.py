@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import ref
 
 import torch
 
 from cudagraph_backend.fill import Fill
-from cudagraph_backend.memory.copies import StagedCopy, is_aligned, staged_copy
+from cudagraph_backend.memory.copies import StagedCopy, compact, is_aligned, staged_copy
 from cudagraph_backend.memory.output_pool import OutputPool
 from cudagraph_backend.memory.output_range import OutputRange, RangeStorage
 from cudagraph_backend.memory.strides import Shape, extent, overlaps_itself, same_places
@@ -88,7 +88,7 @@ class Reading:
         """Return the range of the pool where the argument can be read as it lies; ``None`` if it must be copied.
 
         Padded rows will be overwritten there, so nothing real may be among them: behind ``y[:k]`` it is, and between
-        its real rows others of that range may be.
+        the rows of ``y[:, k:]``. Of what callers don't get there are no parts.
         """
         stride = tensor.stride() if self.is_saved else self.real[1]
         if not self._stays(stride):
@@ -101,7 +101,7 @@ class Reading:
             return taken
         first, end = tensor.data_ptr() - pool.address, extent(self.real[0], stride)
         is_last = first + end * self.dtype.itemsize == taken.offset + storage.nbytes()
-        may_write = is_last and (self._is_padded_behind(end) or taken.holds_one)
+        may_write = is_last and (self._is_padded_behind(end) or taken.is_hidden)
         return taken if may_write and first + self.nbytes <= taken.end else None
 
     def is_as_compiled(self, tensor: torch.Tensor) -> bool:
@@ -119,6 +119,13 @@ class Reading:
 
     def copy_to(self, buffer: torch.Tensor) -> StagedCopy:
         return staged_copy(self.index, buffer, self.real, self.row_entries, self.fill)
+
+
+def compact_saved(readings: Sequence[Reading], args: list[Any]) -> None:
+    """Let saved arguments have the strides that the region was compiled for."""
+    for reading in readings:
+        if not reading.is_as_compiled(args[reading.index]):
+            args[reading.index] = compact(args[reading.index], reading.real[1])
 
 
 Where: TypeAlias = "tuple[int | None, ...]"

@@ -80,6 +80,8 @@ class Replayer:
         self.state: RegionState | None = None
         self._refusal = self.region.refusal
         self._is_known = False
+        if self.region.kind == "forward":
+            self._chosen.clear()
 
     # ---- the hot path
 

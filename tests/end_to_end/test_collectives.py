@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 PROCESSES = 2
 START = """
+import os
 import sys
 from datetime import timedelta
 
@@ -54,7 +55,8 @@ END = """
 sg.reset()
 dist.barrier()
 dist.destroy_process_group()
-print("done")
+print("done", flush=True)
+os._exit(0)  # threads of gloo that are left may end the process while Python does ("terminate called")
 """
 
 

@@ -188,6 +188,26 @@ def test_a_backward_that_is_not_padded_gets_copies(device, compacted, monkeypatc
 
 
 @pytest.mark.slow
+def test_columns_of_a_result_are_not_padded_in_it(device):
+    """They end where it ends, and its next rows lie between theirs."""
+    double = torch.compile(lambda x: x * 2 + 1, backend="sharedgraph", dynamic=True)
+    exp = torch.compile(lambda x: x.exp(), backend="sharedgraph", dynamic=True)
+    with torch.no_grad():
+        for b in (16, 5, 6, 16, 6, 7, 6):
+            x = torch.randn(b, 32, dtype=torch.float64, device=device)
+            y = double(x)
+            torch.testing.assert_close(exp(y[:, 10:]), (x * 2 + 1)[:, 10:].exp())
+            torch.testing.assert_close(y, x * 2 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"pad": "probe", "verify": "capture"}, {"verify": "capture"}])
+@pytest.mark.parametrize("function", [layer, transposed])
+def test_the_probe_of_a_backward_runs_it_at_the_exact_size(function, options, device):
+    check(function, device, sizes=LONGER, **options)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["before", "after"])
 def test_a_backward_that_is_not_captured_gets_copies(fails, device, compacted, monkeypatch, unexpected):
     found = "analyse" if fails == "before" else "complete"

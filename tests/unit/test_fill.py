@@ -18,7 +18,7 @@ from cudagraph_backend.options import Options
 from cudagraph_backend.padding.prove import prove
 from tests.support.graphs import captured
 from tests.support.oracle import dynamic, refute, region
-from tests.support.random_programs import trace
+from tests.support.random_programs import Program, trace
 
 # ------------------------------------------------------------------------------------------------ names
 
@@ -193,7 +193,8 @@ first_steps = st.lists(st.tuples(st.sampled_from(ROW_BY_ROW), st.just(0), number
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(first_steps, st.sampled_from(ROWS_MEET), numbers, st.lists(st.sampled_from(FILLS), min_size=6, max_size=6))
 def check_random_program(chosen: Any, last: str, other: int, choice: list[str]):
-    found = trace([*chosen, (last, 0, other, 0, 0)], 0)
+    steps = (*chosen, (last, 0, other, 0, 0))
+    found = trace(Program(steps, "rows outside", "replica", torch.float64, None))
     assume(found.symbols())
     assume(found.runs())
     assume(found.buckets(*found.symbols()))

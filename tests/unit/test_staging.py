@@ -264,21 +264,21 @@ def test_pooled_outputs_are_found_where_padding_harms_nothing(pool: OutputPool, 
     assert found is None or pool.holder(output.untyped_storage()) is found
 
 
-SAVED: dict[str, tuple[Shape, int, bool]] = {
-    "in the bucket's strides": (((3, 5), (8, 1)), 1, True),
-    "in the bucket's strides, beside another output": (((3, 5), (8, 1)), 2, False),
-    "in those of a larger bucket": (((3, 5), (16, 1)), 1, False),
-    "compact": (((3, 5), (5, 1)), 1, False),
-    "of one row": (((1, 5), (5, 1)), 2, True),
+SAVED: dict[str, tuple[Shape, bool, bool]] = {
+    "in the bucket's strides": (((3, 5), (8, 1)), True, True),
+    "in the bucket's strides, where callers have parts of it": (((3, 5), (8, 1)), False, False),
+    "in those of a larger bucket": (((3, 5), (16, 1)), True, False),
+    "compact": (((3, 5), (5, 1)), True, False),
+    "of one row": (((1, 5), (5, 1)), False, True),
 }
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_what_is_saved_is_read_between_padded_rows_that_are_nobodys(pool: OutputPool, name: str):
-    shape, outputs, expected = SAVED[name]
+    shape, is_hidden, expected = SAVED[name]
     taken = pool.find_room(1024, [(0, 1)])
     nbytes = extent(*shape) * 4
-    storage = pool.lend(taken, nbytes, Loan("region 0", ((0, 0, nbytes),) * outputs), (1, 0)).storage
+    storage = pool.lend(taken, nbytes, Loan("region 0", ((0, 0, nbytes),), is_hidden=is_hidden), (1, 0)).storage
     tensor = torch.empty(0).set_(storage, 0, *shape)
     reads = replace(reading((shape[0], (5, 1)), ((4, 8), (8, 1))), is_saved=True)
     assert (reads.found_in(pool, tensor) is taken) == expected
